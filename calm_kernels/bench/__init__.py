@@ -1,0 +1,1 @@
+"""The benchmark registry: workloads, timing, report."""

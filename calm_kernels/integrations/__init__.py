@@ -1,0 +1,1 @@
+"""Fast parts for models of other packages."""

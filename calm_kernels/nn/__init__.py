@@ -1,0 +1,1 @@
+"""Drop-in layers with the parameter names of the CALM release; no logic beyond calling ops."""

@@ -1,0 +1,1 @@
+"""Every operation in plain PyTorch: specification, fallback and test oracle."""

@@ -1,0 +1,1 @@
+"""Kernels that fuse into a tensor-core matmul; imported only when used."""
