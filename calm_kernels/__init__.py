@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from calm_kernels import models, nn
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "models", "nn", *_operations]  # noqa: PLE0604
+__all__ = ["__version__", "backend", "models", "nn", *_operations]
 
 _LAZY = ("bench", "integrations", "models", "nn", "training")
 

@@ -27,7 +27,8 @@ def tensor(
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(
-            f"{name}: expected dtype {_names(dtypes)}; got {_names([value.dtype])}; convert it with .to()"
+            f"{name}: expected dtype {_names(dtypes)}; got {_names([value.dtype])}; "
+            "convert it with .to()"
         )
     free_rank = bool(shape) and shape[0] == "*"
     tail = list(shape[1:] if free_rank else shape)
@@ -99,9 +100,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
             raise ValueError(f"seed: expected device {device}; got {seed.device}")
         return seed.reshape(1)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(
-            f"seed: expected an int, an int64 tensor or None; got {type(seed).__name__}"
-        )
+        raise TypeError(f"seed: expected int, int64 tensor or None; got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected an integer of 64 bits; got {seed}")
     return torch.full((1,), seed, dtype=torch.int64, device=device)
