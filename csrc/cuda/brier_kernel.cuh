@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "common/brier.h"
+#include "cuda/shared_memory.cuh"
 
 namespace calm {
 
@@ -32,7 +33,7 @@ template <typename Id>
 __global__ void __launch_bounds__(kBrierWarpsPerBlock * 32)
     brier_kernel(const Id* __restrict__ samples, const Id* __restrict__ target,
                  float* __restrict__ scores, const BrierShape shape) {
-  extern __shared__ int64_t counts[];
+  CALM_DYNAMIC_SHARED_ARRAY(int64_t, counts);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   int64_t* hits = counts + 2 * shape.num_ngrams * warp;

@@ -1,0 +1,72 @@
+// Exposes the CUDA kernels, run by the host executor, to pytest as functions of NumPy arrays.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "cuda/brier_kernel.cuh"
+#include "executor.h"
+#include "self_test_kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+simt::Options options(uint64_t seed, int poison) {
+  return simt::Options{seed, static_cast<unsigned char>(poison)};
+}
+
+template <typename Id>
+Array<float> brier(const Array<Id>& samples, const Array<Id>& target, int64_t num_ngrams,
+                   unsigned blocks, uint64_t seed, int poison) {
+  const calm::BrierShape shape{samples.shape(0), samples.shape(1), samples.shape(2), num_ngrams};
+  Array<float> scores({shape.num_positions, shape.num_ngrams});
+  std::fill_n(scores.mutable_data(), scores.size(), std::nanf(""));
+  const Id* sample_ids = samples.data();
+  const Id* target_ids = target.data();
+  float* out = scores.mutable_data();
+  const size_t shared_bytes = static_cast<size_t>(2 * num_ngrams * calm::kBrierWarpsPerBlock) * 8;
+  simt::launch(dim3(blocks), dim3(calm::kBrierWarpsPerBlock * 32), shared_bytes,
+               options(seed, poison),
+               [&] { calm::brier_kernel<Id>(sample_ids, target_ids, out, shape); });
+  return scores;
+}
+
+Array<float> self_test_sum(const Array<float>& values, const std::string& kind, uint64_t seed) {
+  const py::ssize_t blocks = values.size() / simt_self_test::kBlock;
+  Array<float> sums(blocks);
+  std::fill_n(sums.mutable_data(), blocks, 0.0f);
+  const float* in = values.data();
+  float* out = sums.mutable_data();
+  simt::launch(dim3(static_cast<unsigned>(blocks)), dim3(simt_self_test::kBlock), 0,
+               options(seed, 0xa5), [&] {
+                 if (kind == "warp") {
+                   simt_self_test::warp_sum(in, out);
+                 } else {
+                   simt_self_test::block_sum(in, out, kind == "block");
+                 }
+               });
+  return sums;
+}
+
+float self_test_fault(const std::string& kind, int poison) {
+  float out = 0.0f;
+  simt::launch(dim3(1), dim3(simt_self_test::kBlock), 16, options(0, poison), [&] {
+    if (kind == "read_before_write") simt_self_test::read_before_write(&out);
+    if (kind == "divergent_barrier") simt_self_test::divergent_barrier();
+    if (kind == "out_of_bounds") simt_self_test::out_of_bounds(&out);
+  });
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(calm_simt, m) {
+  m.doc() = "CUDA kernels of calm_kernels on the host executor";
+  m.def("brier", &brier<int64_t>);
+  m.def("brier", &brier<int32_t>);
+  m.def("self_test_sum", &self_test_sum);
+  m.def("self_test_fault", &self_test_fault);
+}
