@@ -1,10 +1,13 @@
 // Exposes the CUDA kernels, run by the host executor, to pytest as functions of NumPy arrays.
 
+// First: it defines the words of CUDA C++ that the kernels use.
+#include "executor.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "cuda/brier_kernel.cuh"
-#include "executor.h"
+#include "cuda/random_kernel.cuh"
 #include "self_test_kernels.h"
 
 namespace py = pybind11;
@@ -32,6 +35,19 @@ Array<float> brier(const Array<Id>& samples, const Array<Id>& target, int64_t nu
                options(seed, poison),
                [&] { calm::brier_kernel<Id>(sample_ids, target_ids, out, shape); });
   return scores;
+}
+
+template <bool kNormal>
+Array<float> philox(int64_t seed, const Array<int64_t>& rows, int64_t count, int64_t first,
+                    uint32_t stream, unsigned blocks, uint64_t order) {
+  const calm::RandomShape shape{rows.size(), count, first};
+  Array<float> values({shape.num_rows, count});
+  std::fill_n(values.mutable_data(), values.size(), std::nanf(""));
+  const int64_t* row = rows.data();
+  float* out = values.mutable_data();
+  simt::launch(dim3(blocks), dim3(calm::kRandomThreads), 0, options(order, 0),
+               [&] { calm::random_kernel<kNormal>(&seed, row, out, shape, stream); });
+  return values;
 }
 
 Array<float> self_test_sum(const Array<float>& values, const std::string& kind, uint64_t seed) {
@@ -67,6 +83,8 @@ PYBIND11_MODULE(calm_simt, m) {
   m.doc() = "CUDA kernels of calm_kernels on the host executor";
   m.def("brier", &brier<int64_t>);
   m.def("brier", &brier<int32_t>);
+  m.def("philox_uniform", &philox<false>);
+  m.def("philox_normal", &philox<true>);
   m.def("self_test_sum", &self_test_sum);
   m.def("self_test_fault", &self_test_fault);
 }
