@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from calm_kernels import _native
 from calm_kernels._dispatch import backend
 from calm_kernels.ops import *  # noqa: F403
 from calm_kernels.ops import __all__ as _operations
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "backend", "models", "nn", *_operations]
+
+# Exported graphs name the native overloads directly, so they are there once the package is.
+_native.library("cpu")
 
 _LAZY = ("bench", "integrations", "models", "nn", "training")
 
