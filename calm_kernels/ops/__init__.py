@@ -1,8 +1,40 @@
 """The operators: contract, checks, dispatch. Importing this package defines their schemas."""
 
 from calm_kernels.ops.brier import brier_lm, brier_scores
+from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
+from calm_kernels.ops.gated_ffn import gated_ffn
+from calm_kernels.ops.linear_argmax import linear_argmax
+from calm_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from calm_kernels.ops.patch_codec import (
+    embed_flatten,
+    expand_patches,
+    folded_squeezed_gather,
+    folded_table_gather,
+    squeeze_patches,
+    squeezed_tables,
+)
+from calm_kernels.ops.random import philox_normal, philox_uniform
+from calm_kernels.ops.temperature_sampling import (
+    batch_temperature_sample,
+    exact_temperature_sample,
+)
 
 __all__ = [
+    "batch_temperature_sample",
     "brier_lm",
     "brier_scores",
+    "embed_flatten",
+    "energy_score",
+    "energy_score_from_targets",
+    "exact_temperature_sample",
+    "expand_patches",
+    "folded_squeezed_gather",
+    "folded_table_gather",
+    "gated_ffn",
+    "linear_argmax",
+    "linear_cross_entropy",
+    "philox_normal",
+    "philox_uniform",
+    "squeeze_patches",
+    "squeezed_tables",
 ]

@@ -1,0 +1,47 @@
+"""Cross entropy of a linear layer's logits, as a loss module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from calm_kernels.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """CE(hidden @ weight.T + bias, target) without the logits.
+
+    Args:
+        ignore_index: rows with this target count for nothing.
+        reduction: ``"mean"`` over the rows that count, ``"sum"`` or ``"none"``.
+        drop_mass: how much of a row's probability its gradient may leave out; 0 is exact.
+
+    See :func:`calm_kernels.linear_cross_entropy`.
+    """
+
+    def __init__(
+        self, ignore_index: int = -100, reduction: str = "mean", drop_mass: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.drop_mass = drop_mass
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """hidden [*, H], weight [V, H], target [*], bias [V] -> the reduced loss."""
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            drop_mass=self.drop_mass,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
+            f"drop_mass={self.drop_mass}"
+        )

@@ -1,0 +1,236 @@
+"""Cross entropy of a linear layer's logits, without the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm_kernels import _autocast, _checks
+from calm_kernels._dispatch import define
+from calm_kernels.reference import linear_cross_entropy as reference
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def _fake_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    drop_mass: float,
+) -> tuple[Tensor, ...]:
+    dtype = reference.compute_dtype(hidden.dtype)
+    rows, lists = hidden.shape[0], (hidden.shape[0], reference.list_capacity(drop_mass))
+    return (
+        hidden.new_empty((rows,), dtype=dtype),
+        hidden.new_empty((rows,), dtype=dtype),
+        hidden.new_empty((rows,), dtype=dtype),
+        hidden.new_empty(lists, dtype=torch.int32),
+        hidden.new_empty(lists, dtype=dtype),
+        hidden.new_empty((rows,), dtype=torch.int32),
+    )
+
+
+def _fake_rows_backward(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    top: Tensor,
+    total: Tensor,
+    list_columns: Tensor,
+    list_probabilities: Tensor,
+    list_length: Tensor,
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(
+        hidden.new_empty(shape if want else (0,))
+        for shape, want in zip(shapes, wanted, strict=True)
+    )
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, ctx.ignore_index, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, bias, target, *output[1:])
+
+
+def _backward_rows(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = _rows_backward(
+        grad_loss.device, grad_loss.contiguous(), *ctx.saved_tensors, ctx.ignore_index, wanted
+    )
+    selected = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return (*selected, None, None, None)
+
+
+_rows_backward = define(
+    "linear_cross_entropy_rows_backward",
+    "(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor top, "
+    "Tensor total, Tensor list_columns, Tensor list_probabilities, Tensor list_length, "
+    "int ignore_index, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    reference=_autocast.disabled(reference.linear_cross_entropy_rows_backward),
+    fake=_fake_rows_backward,
+)
+
+_rows = define(
+    "linear_cross_entropy_rows",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
+    "float drop_mass) -> (Tensor loss, Tensor top, Tensor total, Tensor list_columns, "
+    "Tensor list_probabilities, Tensor list_length)",
+    reference=_autocast.disabled(reference.linear_cross_entropy_rows),
+    fake=_fake_rows,
+    backward=_backward_rows,
+    setup_context=_setup_rows,
+)
+
+
+def _fake_reduced(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    drop_mass: float,
+    mean: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    dtype = reference.compute_dtype(hidden.dtype)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    grads = (
+        hidden.new_empty(shape if want else (0,), dtype=dtype)
+        for shape, want in zip(shapes, wanted, strict=True)
+    )
+    return (hidden.new_empty((), dtype=dtype), *grads)
+
+
+def _setup_reduced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward_reduced(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = (
+        (grad * grad_loss).to(ctx.dtype) if needed else None
+        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    )
+    return (*grads, None, None, None, None, None)
+
+
+_reduced = define(
+    "linear_cross_entropy_reduced",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
+    "float drop_mass, bool mean, bool[3] wanted) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    reference=_autocast.disabled(reference.linear_cross_entropy_reduced),
+    fake=_fake_reduced,
+    backward=_backward_reduced,
+    setup_context=_setup_reduced,
+)
+
+
+def _check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Targets within the vocabulary. Reading them would stall a GPU, so on CPU tensors only."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = (target < 0) | (target >= vocab_size)
+    outside &= target != ignore_index
+    if outside.any():
+        raise ValueError(
+            f"target: expected token ids in [0, {vocab_size}), the rows of weight, or ignore_index "
+            f"{ignore_index}; got {int(target[outside][0])}"
+        )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    drop_mass: float = 0.0,
+) -> Tensor:
+    """Cross entropy of ``hidden @ weight.T + bias`` with ``target``; the logits are never stored.
+
+    The same numbers as ``F.cross_entropy(F.linear(hidden, weight, bias), target, ...)``, computed
+    in chunks of rows.
+
+    Args:
+        hidden: [*, H], float32, bfloat16, float16 or float64.
+        weight: [V, H], same dtype and device.
+        target: int64 or int32 [*], token ids.
+        bias: [V], same dtype and device, or None.
+        ignore_index: rows with this target have loss 0, no gradient, and no part in the mean.
+        reduction: ``"mean"`` over the rows that count, ``"sum"``, or ``"none"``. The mean over no
+            row is NaN with zero gradients, as in torch.
+        drop_mass: in [0, 1). 0: exact gradients. Above: a row whose 64 or fewer significant
+            entries hold all but at most this much of its probability gets its gradient from those
+            entries alone. What is left out of the gradient of a row's logits has an L1 norm of at
+            most ``drop_mass`` times the row's incoming gradient; the loss itself is exact.
+            Confident rows then cost next to nothing in the backward.
+
+    Returns:
+        float32 (float64 for float64 inputs): a scalar, or [*] for ``"none"``. Logits and gradient
+        sums are float32 too. Differentiable once, in hidden, weight and bias.
+
+    Memory: a chunk of rows' logits (6 MiB in float32, or one row's if that is more), with
+        ``drop_mass`` two. ``"mean"`` and ``"sum"`` make the gradients together with the loss and
+        keep them until the backward, in float32: H values a row and the size of weight.
+        ``"none"`` keeps two values a row, and with ``drop_mass`` its list of 64 entries, and
+        computes the logits again.
+
+    Autocast: hidden, weight and bias are cast to the autocast dtype.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: wrong shape, reduction or drop_mass, devices differ, a
+            target outside [0, V) (checked on CPU tensors; elsewhere, and in compiled code, it
+            makes its row and the reduced loss NaN).
+
+    Source: the certified sparse backward is this package's own; its specification is the docstring
+    of calm_kernels/reference/linear_cross_entropy.py.
+    """
+    _checks.tensor("hidden", hidden, _checks.FLOAT_DTYPES, ("*", "H"))
+    hidden_size, lead = hidden.shape[-1], hidden.shape[:-1]
+    _checks.tensor("weight", weight, _checks.FLOAT_DTYPES, ("V", hidden_size))
+    _checks.at_least("weight.shape[0]", weight.shape[0], 1, " row")
+    _checks.tensor("target", target, _checks.INTEGER_DTYPES, lead)
+    if bias is not None:
+        _checks.tensor("bias", bias, _checks.FLOAT_DTYPES, (weight.shape[0],))
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if not 0.0 <= drop_mass < 1.0:
+        raise ValueError(f"drop_mass: expected a probability mass in [0, 1); got {drop_mass}")
+    device = _checks.same_device(hidden=hidden, weight=weight, target=target, bias=bias)
+    _check_target(target, weight.shape[0], ignore_index)
+    hidden, weight = _autocast.cast(device, hidden), _autocast.cast(device, weight)
+    bias = _autocast.cast(device, bias)
+    _checks.same_dtype(hidden=hidden, weight=weight, bias=bias)
+
+    hidden = hidden.reshape(-1, hidden_size).contiguous()
+    target = target.reshape(-1).to(torch.int64)
+    wanted = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
+    loss: Tensor
+    if any(wanted) and reduction != "none":
+        mean = reduction == "mean"
+        loss, *_ = _reduced(
+            device, hidden, weight, bias, target, ignore_index, drop_mass, mean, wanted
+        )
+        return loss
+    listed_mass = drop_mass if any(wanted) else 0.0
+    loss, *_ = _rows(device, hidden, weight, bias, target, ignore_index, listed_mass)
+    if reduction == "none":
+        return loss.reshape(lead)
+    total = loss.sum()
+    return total if reduction == "sum" else total / (target != ignore_index).sum()

@@ -1,0 +1,278 @@
+"""Sampling whole patches at a temperature when the model can only be drawn from.
+
+Target: P_T(x) = P(x)^(1/T) / Z_T, Z_T = sum_x P(x)^(1/T). The laws, the weights and the random
+numbers are specified in ``calm_kernels.reference.temperature_sampling``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from calm_kernels import _checks
+from calm_kernels._dispatch import define
+from calm_kernels.reference import temperature_sampling as reference
+from calm_kernels.reference.temperature_sampling import Progress
+
+DEFAULT_MAX_DRAWS = 65536
+LARGEST_AUTOMATIC_ROUND = 256
+UNACCEPTED_TOKEN = -1
+
+# 1/T this close to an integer, relatively, is that integer, so that 0.1 means 10 and 1/3 means 3.
+# A float32 temperature is itself rounded, so its tolerance is float32's.
+_INTEGER_TOLERANCE = {torch.float64: 1e-9, torch.float32: torch.finfo(torch.float32).eps}
+_LARGEST_EXPONENT = 2.0**53
+
+Draw = Callable[[Tensor, int], Tensor]
+
+
+def _batch_fake(tokens: Tensor, exponent: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch_size, _, patch_size = tokens.shape
+    return (
+        tokens.new_empty((batch_size, patch_size)),
+        tokens.new_empty((batch_size,), dtype=torch.int64),
+        tokens.new_empty((batch_size,), dtype=torch.int64),
+    )
+
+
+def _step_fake(
+    draws: Tensor,
+    candidate: Tensor,
+    progress: Tensor,
+    num_equal: Tensor,
+    fraction: Tensor,
+    rows: Tensor,
+    seed: Tensor,
+    max_draws: int,
+) -> tuple[Tensor, Tensor]:
+    return (
+        draws.new_empty((draws.shape[0], draws.shape[2])),
+        draws.new_empty((draws.shape[0], len(Progress)), dtype=torch.int64),
+    )
+
+
+_batch_temperature_sample = define(
+    "batch_temperature_sample",
+    "(Tensor tokens, Tensor exponent, Tensor seed) -> (Tensor, Tensor, Tensor)",
+    reference=reference.batch_temperature_sample,
+    fake=_batch_fake,
+)
+
+_exact_temperature_step = define(
+    "exact_temperature_step",
+    "(Tensor draws, Tensor candidate, Tensor progress, Tensor num_equal, Tensor fraction, "
+    "Tensor rows, Tensor seed, int max_draws) -> (Tensor, Tensor)",
+    reference=reference.exact_temperature_step,
+    fake=_step_fake,
+)
+
+
+def _exponent(
+    temperature: float | Tensor, batch_size: int, device: torch.device, check_values: bool
+) -> Tensor:
+    """1/T of each sequence, float64 [B], after checking T."""
+    if isinstance(temperature, Tensor):
+        _checks.tensor("temperature", temperature, tuple(_INTEGER_TOLERANCE), (batch_size,))
+        if temperature.device != device:
+            raise ValueError(
+                f"temperature: expected device {device}; got {temperature.device}; "
+                "move it with .to()"
+            )
+        if check_values and not bool(((temperature > 0) & (temperature <= 1)).all()):
+            raise ValueError(
+                f"temperature: expected 0 < T <= 1 everywhere; got {temperature.tolist()}; "
+                "drawing from P itself is T = 1"
+            )
+        b, tolerance = 1.0 / temperature.double(), _INTEGER_TOLERANCE[temperature.dtype]
+    else:
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(
+                "temperature: expected a float or a tensor of one temperature per sequence; "
+                f"got {type(temperature).__name__}"
+            )
+        if not 0.0 < temperature <= 1.0:
+            raise ValueError(
+                f"temperature: expected 0 < T <= 1; got {temperature}; "
+                "drawing from P itself is T = 1"
+            )
+        b = 1.0 / torch.full((batch_size,), temperature, dtype=torch.float64, device=device)
+        tolerance = _INTEGER_TOLERANCE[torch.float64]
+    b = b.clamp_max(_LARGEST_EXPONENT)
+    nearest = b.round()
+    return torch.where((b - nearest).abs() <= tolerance * b, nearest, b)
+
+
+@overload
+def batch_temperature_sample(
+    tokens: Tensor,
+    temperature: float | Tensor,
+    *,
+    seed: int | Tensor | None = ...,
+    return_counts: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def batch_temperature_sample(
+    tokens: Tensor,
+    temperature: float | Tensor,
+    *,
+    seed: int | Tensor | None = ...,
+    return_counts: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def batch_temperature_sample(
+    tokens: Tensor,
+    temperature: float | Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    return_counts: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """One patch per sequence at temperature T, by a vote among N draws.
+
+    A patch that occurs c times is chosen with weight C(c, 1/T), continued to real 1/T; if none
+    occurs floor(1/T) times, one of the most frequent is chosen evenly. Biased at finite N (rare
+    patches are missed), exact as N grows; T = 1 picks a draw uniformly.
+
+    Args:
+        tokens: N >= 1 independent draws of a patch of K >= 1 ids for each of B sequences,
+            int64 or int32 [B, N, K], any ids. Time and memory grow as B N^2 K on the reference.
+        temperature: T in (0, 1], or a float32 or float64 tensor [B]. Values of a tensor are
+            checked on the CPU and outside torch.compile.
+        seed: int, int64 tensor of one element, or None to draw one from torch's generator.
+        return_counts: also return how often the chosen patch occurs among its N draws, int64 [B],
+            and the number of distinct patches among them, int64 [B].
+
+    Returns:
+        the patches, dtype of ``tokens``, [B, K]; a copy. No gradient, no host synchronisation.
+
+    Raises:
+        TypeError: wrong dtype or type. ValueError: wrong shape, no draw, T outside (0, 1],
+            devices differ.
+
+    Source: arXiv 2510.27688, Algorithm 2 (T = 1/n); real 1/T is this package's.
+    """
+    _checks.tensor("tokens", tokens, _checks.INTEGER_DTYPES, ("B", "N", "K"))
+    _checks.at_least("tokens.shape[1]", tokens.shape[1], 1, " draw per sequence")
+    _checks.at_least("tokens.shape[2]", tokens.shape[2], 1, " token per patch")
+    device = tokens.device
+    check_values = device.type == "cpu" and not torch.compiler.is_compiling()
+    exponent = _exponent(temperature, tokens.shape[0], device, check_values)
+    seed = _checks.seed_tensor(seed, device)
+    patches, count, num_distinct = _batch_temperature_sample(device, tokens, exponent, seed)
+    return (patches, count, num_distinct) if return_counts else patches
+
+
+def _checked_draws(draws: object, num_rows: int, count: int, like: Tensor | None) -> Tensor:
+    """What ``draw`` returned, if it is what it must be; ``like`` is what it returned first."""
+    patch_size: int | str = "K" if like is None else like.shape[2]
+    dtypes = _checks.INTEGER_DTYPES if like is None else (like.dtype,)
+    _checks.tensor("result of draw", draws, dtypes, (num_rows, count, patch_size))
+    assert isinstance(draws, Tensor)
+    _checks.at_least("result of draw: shape[2]", draws.shape[2], 1, " token per patch")
+    return draws
+
+
+def exact_temperature_sample(
+    draw: Draw,
+    batch_size: int,
+    temperature: float | Tensor,
+    *,
+    round_size: int | None = None,
+    max_draws: int = DEFAULT_MAX_DRAWS,
+    seed: int | Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One patch per sequence distributed exactly as P_T, from as many draws as that takes.
+
+    Sequences that have not accepted yet are asked for together, a round of draws at a time; each
+    consumes its own draws in order, so ``round_size`` trades calls of ``draw`` against unused draws
+    and changes nothing else.
+
+    A sequence needs (1 + sum_{j=1..n-1} S_j + [a>0] S_{1/T-1}) / Z_T draws on average, with
+    S_j = sum_x P(x)^j, n = floor(1/T), a = 1/T - n.
+
+    Args:
+        draw: ``draw(active_rows, count)`` returns ``count`` fresh independent draws for each of
+            the sequences ``active_rows`` (int64 [A], ascending, on ``device``): int64 or int32
+            [A, count, K] on ``device``, K >= 1. Called at least once, even for ``batch_size`` 0.
+        batch_size: B >= 0.
+        temperature: T in (0, 1], or a float32 or float64 tensor [B].
+        round_size: draws per sequence and call. None starts with ceil(1/T), the fewest that can be
+            accepted, and doubles up to 256.
+        max_draws: draws a sequence may consume.
+        seed: int, int64 tensor of one element, or None to draw one from torch's generator.
+        device: where the sequences live; None takes it from ``temperature`` or ``seed`` if that
+            is a tensor, else the CPU.
+
+    Returns:
+        tokens [B, K], the dtype of the draws, filled with -1 where not accepted; number of draws
+        consumed, int64 [B], draws left over in the last round not counted; accepted, bool [B],
+        False where ``max_draws`` draws did not suffice. No gradient.
+
+        Among *accepted* sequences the law is P_T unless the budget ran out often. With integer 1/T
+        it is P_T even then; otherwise frequent patches are overrepresented among them, because
+        a rare candidate takes more draws to accept. Repeat the unaccepted with a larger
+        budget; dropping them is a bias.
+
+    Raises:
+        TypeError: wrong dtype or type, also of what ``draw`` returns. ValueError: wrong shape,
+            T outside (0, 1], ``max_draws`` below ceil(1/T), devices differ.
+
+    Source: arXiv 2510.27688, Algorithm 1, with attempts ended at the first draw that differs.
+    """
+    if not callable(draw):
+        raise TypeError(f"draw: expected a function, got {type(draw).__name__}")
+    _checks.at_least("batch_size", batch_size, 0)
+    _checks.at_least("max_draws", max_draws, 1)
+    if round_size is not None:
+        _checks.at_least("round_size", round_size, 1)
+    if device is None:
+        given = next((t for t in (temperature, seed) if isinstance(t, Tensor)), None)
+        device = torch.device("cpu") if given is None else given.device
+    device = torch.device(device)
+
+    b = _exponent(temperature, batch_size, device, check_values=True)
+    seed = _checks.seed_tensor(seed, device)
+    num_equal = b.floor().to(torch.int64)
+    fraction = b - b.floor()
+    fewest = int(b.max().ceil()) if batch_size > 0 else 1
+    _checks.at_least("max_draws", max_draws, fewest, " = ceil(1/T), or none can be accepted")
+    count = min(fewest, LARGEST_AUTOMATIC_ROUND) if round_size is None else round_size
+
+    active = torch.arange(batch_size, device=device)
+    progress = reference.exact_temperature_start(batch_size, device)
+    final_progress = progress.clone()
+    candidate = tokens = draws = None
+    num_drawn = 0
+    while True:
+        count = min(count, max_draws - num_drawn)
+        draws = _checked_draws(draw(active, count), active.shape[0], count, draws)
+        if draws.device != device:
+            raise ValueError(
+                f"result of draw: expected device {device}; got {draws.device}; "
+                "pass device= to exact_temperature_sample"
+            )
+        if candidate is None or tokens is None:
+            tokens = draws.new_full((batch_size, draws.shape[2]), UNACCEPTED_TOKEN)
+            candidate = tokens
+        candidate, progress = _exact_temperature_step(
+            device, draws, candidate, progress, num_equal, fraction, active, seed, max_draws
+        )
+        num_drawn += count
+        final_progress[active] = progress
+        accepted = progress[:, Progress.ACCEPTED] > 0
+        tokens[active[accepted]] = candidate[accepted]
+        waiting = (~accepted).nonzero().squeeze(1)
+        if waiting.numel() == 0 or num_drawn == max_draws:
+            break
+        active, candidate, progress = active[waiting], candidate[waiting], progress[waiting]
+        num_equal, fraction = num_equal[waiting], fraction[waiting]
+        if round_size is None:
+            count = min(2 * count, LARGEST_AUTOMATIC_ROUND)
+    num_draws = final_progress[:, Progress.NUM_DRAWS].clone()
+    return tokens, num_draws, final_progress[:, Progress.ACCEPTED] > 0
