@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     for workload in chosen:
         for case_rows in run_workload(workload, plan, limits):
-            rows += case_rows
+            rows = limits.apply([*rows, *case_rows])
             if arguments.json is not None:
                 # Case by case, so that what was measured survives an interruption.
                 write_json(arguments.json, record(rows, context, limits.as_json()))
@@ -63,7 +63,7 @@ def _chosen(arguments: argparse.Namespace, registry: dict[str, Workload]) -> lis
         raise UserError(f"no workload {', '.join(unknown)}; there are {', '.join(registry)}")
     found = [registry[name] for name in arguments.workloads or registry]
     known = {name for w in found for v in w.variants for name in (v.name, *v.name.split("/"))}
-    for name in arguments.variants:
+    for name in (*arguments.variants, *arguments.skip):
         if name not in known:
             raise UserError(f"no variant {name}; there are {', '.join(sorted(known))}")
     return found
@@ -90,7 +90,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return Plan(
         device=torch.device(name, 0) if name == "cuda" else torch.device(name),
         size="small" if arguments.quick else arguments.shape,
-        variants=tuple(arguments.variants),
+        variants=arguments.variants,
+        skip=arguments.skip,
         budget=budget,
         seed=seed,
         growth=arguments.growth,

@@ -227,6 +227,9 @@ def _bench(commands: Any) -> None:
         help="names or either part of a name: eager, native, closed_form, ... (all)",
     )  # fmt: skip
     parser.add_argument(
+        "--skip", type=_names, default=(), metavar="A,B", help="variants to leave out"
+    )
+    parser.add_argument(
         "--shape", choices=("small", "official"), default="official", help="(%(default)s)"
     )
     parser.add_argument(

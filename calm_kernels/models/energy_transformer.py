@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -313,7 +313,6 @@ class EnergyTransformer(CalmPreTrainedModel):
 
 
 Weights = dict[str, Tensor]
-_Report = Callable[..., None]
 
 
 def _autoencoder_of_path(config: CalmConfig) -> Autoencoder:

@@ -98,7 +98,7 @@ class PatchSampler:
             tokens = self.draw(rows, 0, 1)[:, 0]
             return _choices(sequences, tokens, [1] * len(rows), [True] * len(rows))
         if not self._exact:
-            tokens = self._vote(self.draw(rows, 0, self.num_candidates), temperatures)
+            tokens = self._vote(rows, self.draw(rows, 0, self.num_candidates), temperatures)
             return _choices(
                 sequences, tokens, [self.num_candidates] * len(rows), [True] * len(rows)
             )
@@ -116,18 +116,19 @@ class PatchSampler:
             temperatures.to(device),
             max_draws=self.max_draws,
             seed=self._seed,
+            rows=rows,
             device=device,
         )
         if not bool(accepted.all()):
             left = (~accepted).nonzero().squeeze(1)
             candidates = self.draw(rows[left], drawn, self.num_candidates)
-            tokens[left] = self._vote(candidates, temperatures[left.cpu()])
+            tokens[left] = self._vote(rows[left], candidates, temperatures[left.cpu()])
             num_draws[left] += self.num_candidates
         return _choices(sequences, tokens, num_draws.tolist(), accepted.tolist())
 
-    def _vote(self, candidates: Tensor, temperatures: Tensor) -> Tensor:
+    def _vote(self, sequences: Tensor, candidates: Tensor, temperatures: Tensor) -> Tensor:
         chosen: Tensor = batch_temperature_sample(
-            candidates, temperatures.to(candidates.device), seed=self._seed
+            candidates, temperatures.to(candidates.device), seed=self._seed, rows=sequences
         )
         return chosen
 
@@ -145,7 +146,7 @@ class PatchSampler:
         if candidates.numel() == 0:
             return Choice([], source.num_drawn, matched=False)
         if chosen is None:
-            chosen = self._vote(candidates, temperature)
+            chosen = self._vote(source.sequence, candidates, temperature)
         return Choice(chosen[0].tolist(), source.num_drawn, accepted=accepted)
 
     def _exact_given(self, source: _MatchingDraws, temperature: Tensor) -> Tensor | None:
@@ -167,6 +168,7 @@ class PatchSampler:
                 temperature.to(device),
                 max_draws=self.max_draws,
                 seed=self._seed,
+                rows=source.sequence,
                 device=device,
             )
         except _NotEnoughDraws:
@@ -184,7 +186,7 @@ class _MatchingDraws:
     def __init__(self, sampler: PatchSampler, sequence: int, beginning: list[int]) -> None:
         device = sampler._hidden.device
         self._sampler = sampler
-        self._sequence = torch.tensor([sequence], device=device)
+        self.sequence = torch.tensor([sequence], device=device)
         self._beginning = torch.tensor(beginning, device=device)
         self.found = self._beginning.new_empty((1, 0, sampler._model.config.patch_size))
         """Matching draws so far, [1, n, K]."""
@@ -195,7 +197,7 @@ class _MatchingDraws:
         budget = self._sampler.max_draws
         while self.found.shape[1] < count and self.num_drawn < budget:
             size = min(self._sampler.num_candidates, budget - self.num_drawn)
-            draws = self._sampler.draw(self._sequence, self.num_drawn, size)
+            draws = self._sampler.draw(self.sequence, self.num_drawn, size)
             self.num_drawn += size
             matches = (draws[0, :, : len(self._beginning)] == self._beginning).all(dim=-1)
             self.found = torch.cat((self.found, draws[:, matches]), dim=1)

@@ -278,7 +278,7 @@ class PatchDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """latents [P, D] -> logits [P, K, V]: large; training and decoding need none."""
         logits: Tensor = nn.functional.linear(self.hidden_states(latents), self.lm_head_weight)
-        return logits.reshape(latents.shape[0], self.patch_size, -1)
+        return logits.reshape(latents.shape[0], self.patch_size, logits.shape[-1])
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [P, D] -> the most likely token ids, int64 [P, K], without logits."""

@@ -13,6 +13,11 @@ from calm_kernels.reference import linear_cross_entropy as reference
 
 REDUCTIONS = ("none", "mean", "sum")
 
+SMALLEST_SPARSE_VOCABULARY = 1024
+"""Below it ``drop_mass`` is taken as 0: the matmuls it saves cost less than its lists. Forward and
+backward of 2048 rows, H = 256, on one core: V = 258 takes 12.4 ms exact and 14.2 ms with lists (80%
+of rows sparse); V = 4096 takes 172 ms and 149 ms (49% sparse)."""
+
 
 def _fake_rows(
     hidden: Tensor,
@@ -176,7 +181,8 @@ def linear_cross_entropy(
             entries hold all but at most this much of its probability gets its gradient from those
             entries alone. What is left out of the gradient of a row's logits has an L1 norm of at
             most ``drop_mass`` times the row's incoming gradient; the loss itself is exact.
-            Confident rows then cost next to nothing in the backward.
+            Confident rows then cost next to nothing in the backward. Gradients of vocabularies
+            under 1024 are exact in any case.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or [*] for ``"none"``. Logits and gradient
@@ -221,6 +227,8 @@ def linear_cross_entropy(
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
+    if weight.shape[0] < SMALLEST_SPARSE_VOCABULARY or not any(wanted):
+        drop_mass = 0.0
     loss: Tensor
     if any(wanted) and reduction != "none":
         mean = reduction == "mean"
@@ -228,8 +236,7 @@ def linear_cross_entropy(
             device, hidden, weight, bias, target, ignore_index, drop_mass, mean, wanted
         )
         return loss
-    listed_mass = drop_mass if any(wanted) else 0.0
-    loss, *_ = _rows(device, hidden, weight, bias, target, ignore_index, listed_mass)
+    loss, *_ = _rows(device, hidden, weight, bias, target, ignore_index, drop_mass)
     if reduction == "none":
         return loss.reshape(lead)
     total = loss.sum()

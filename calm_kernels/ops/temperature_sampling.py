@@ -29,7 +29,9 @@ _LARGEST_EXPONENT = 2.0**53
 Draw = Callable[[Tensor, int], Tensor]
 
 
-def _batch_fake(tokens: Tensor, exponent: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_fake(
+    tokens: Tensor, exponent: Tensor, rows: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, _, patch_size = tokens.shape
     return (
         tokens.new_empty((batch_size, patch_size)),
@@ -56,7 +58,7 @@ def _step_fake(
 
 _batch_temperature_sample = define(
     "batch_temperature_sample",
-    "(Tensor tokens, Tensor exponent, Tensor seed) -> (Tensor, Tensor, Tensor)",
+    "(Tensor tokens, Tensor exponent, Tensor rows, Tensor seed) -> (Tensor, Tensor, Tensor)",
     reference=reference.batch_temperature_sample,
     fake=_batch_fake,
 )
@@ -111,6 +113,7 @@ def batch_temperature_sample(
     temperature: float | Tensor,
     *,
     seed: int | Tensor | None = ...,
+    rows: Tensor | None = ...,
     return_counts: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -121,6 +124,7 @@ def batch_temperature_sample(
     temperature: float | Tensor,
     *,
     seed: int | Tensor | None = ...,
+    rows: Tensor | None = ...,
     return_counts: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -130,6 +134,7 @@ def batch_temperature_sample(
     temperature: float | Tensor,
     *,
     seed: int | Tensor | None = None,
+    rows: Tensor | None = None,
     return_counts: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """One patch per sequence at temperature T, by a vote among N draws.
@@ -144,6 +149,8 @@ def batch_temperature_sample(
         temperature: T in (0, 1], or a float32 or float64 tensor [B]. Values of a tensor are
             checked on the CPU and outside torch.compile.
         seed: int, int64 tensor of one element, or None to draw one from torch's generator.
+        rows: row of the random stream for each sequence, int64 [B]; default 0..B-1. With one seed,
+            sequences of the same row share their random numbers.
         return_counts: also return how often the chosen patch occurs among its N draws, int64 [B],
             and the number of distinct patches among them, int64 [B].
 
@@ -163,8 +170,19 @@ def batch_temperature_sample(
     check_values = device.type == "cpu" and not torch.compiler.is_compiling()
     exponent = _exponent(temperature, tokens.shape[0], device, check_values)
     seed = _checks.seed_tensor(seed, device)
-    patches, count, num_distinct = _batch_temperature_sample(device, tokens, exponent, seed)
+    rows = _stream_rows(rows, tokens.shape[0], device)
+    patches, count, num_distinct = _batch_temperature_sample(device, tokens, exponent, rows, seed)
     return (patches, count, num_distinct) if return_counts else patches
+
+
+def _stream_rows(rows: Tensor | None, batch_size: int, device: torch.device) -> Tensor:
+    """Each sequence's row of the random stream, int64 [B]."""
+    if rows is None:
+        return torch.arange(batch_size, device=device)
+    _checks.tensor("rows", rows, (torch.int64,), (batch_size,))
+    if rows.device != device:
+        raise ValueError(f"rows: expected device {device}; got {rows.device}; move it with .to()")
+    return rows
 
 
 def _checked_draws(draws: object, num_rows: int, count: int, like: Tensor | None) -> Tensor:
@@ -185,6 +203,7 @@ def exact_temperature_sample(
     round_size: int | None = None,
     max_draws: int = DEFAULT_MAX_DRAWS,
     seed: int | Tensor | None = None,
+    rows: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One patch per sequence distributed exactly as P_T, from as many draws as that takes.
@@ -206,6 +225,7 @@ def exact_temperature_sample(
             accepted, and doubles up to 256.
         max_draws: draws a sequence may consume.
         seed: int, int64 tensor of one element, or None to draw one from torch's generator.
+        rows: row of the random stream for each sequence, int64 [B]; default 0..B-1.
         device: where the sequences live; None takes it from ``temperature`` or ``seed`` if that
             is a tensor, else the CPU.
 
@@ -238,6 +258,7 @@ def exact_temperature_sample(
 
     b = _exponent(temperature, batch_size, device, check_values=True)
     seed = _checks.seed_tensor(seed, device)
+    rows = _stream_rows(rows, batch_size, device)
     num_equal = b.floor().to(torch.int64)
     fraction = b - b.floor()
     fewest = int(b.max().ceil()) if batch_size > 0 else 1
@@ -261,7 +282,7 @@ def exact_temperature_sample(
             tokens = draws.new_full((batch_size, draws.shape[2]), UNACCEPTED_TOKEN)
             candidate = tokens
         candidate, progress = _exact_temperature_step(
-            device, draws, candidate, progress, num_equal, fraction, active, seed, max_draws
+            device, draws, candidate, progress, num_equal, fraction, rows[active], seed, max_draws
         )
         num_drawn += count
         final_progress[active] = progress

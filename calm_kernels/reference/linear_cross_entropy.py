@@ -255,8 +255,9 @@ def _significant(p: Tensor, targets: _Targets, drop_mass: float) -> tuple[_Lists
     Ignored rows are neither: they have no list and length 0.
     """
     significant = (p > significance(drop_mass)).scatter_(1, targets.index.unsqueeze(1), True)
-    # Few rows at a time: counting makes 64-bit integers of them.
-    length = torch.cat([part.count_nonzero(dim=1) for part in significant.split(16)])
+    # Few rows at a time: counting makes 64-bit integers of the flags.
+    parts = significant.split(max(1, LOGITS_PER_CHUNK // (16 * p.shape[1])))
+    length = torch.cat([part.count_nonzero(dim=1) for part in parts])
     (fitting,) = (targets.counted & (length <= CAPACITY)).nonzero(as_tuple=True)
     row, columns = significant.index_select(0, fitting).nonzero(as_tuple=True)
     rows = fitting[row]

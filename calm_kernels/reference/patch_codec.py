@@ -50,7 +50,7 @@ def squeeze_patches(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def expand_patches(x: Tensor, weight: Tensor, bias: Tensor, patch_size: int) -> Tensor:
     """x [P, H], weight [K*H, H], bias [K*H] -> [P*K, H]; token k of patch p is row p*K + k."""
-    return linear(x, weight, bias).reshape(x.shape[0] * patch_size, -1)
+    return linear(x, weight, bias).reshape(-1, weight.shape[0] // patch_size)
 
 
 def squeezed_tables(table: Tensor, squeeze_weight: Tensor) -> Tensor:

@@ -17,21 +17,21 @@ def generate(command: Any, run: Path, *more: object) -> Any:
 
 
 def test_a_prompt_is_printed_with_its_continuation(command: Any, finished: Path) -> None:
-    outcome = generate(command, finished, "--prompt", "the people ")
+    outcome = generate(command, finished, "--prompt", "the people: ")
     assert outcome.code == 0
-    assert outcome.out.startswith("the people ")
-    assert len(outcome.out) > len("the people \n")
-    assert generate(command, finished, "--prompt", "the people ").out == outcome.out
+    assert outcome.out.startswith("the people: ")
+    assert len(outcome.out) > len("the people: \n")
+    assert generate(command, finished, "--prompt", "the people: ").out == outcome.out
 
 
 def test_several_prompts_make_a_batch(command: Any, finished: Path) -> None:
     outcome = generate(
-        command, finished / "energy", "--prompt", "the nation", "--prompt", "law", "--temperature",
-        "1", "--sampler", "exact",
+        command, finished / "energy", "--prompt", "the nation: ", "--prompt", "law ",
+        "--temperature", "1", "--sampler", "exact",
     )  # fmt: skip
     assert outcome.code == 0
     first, second = outcome.out.split("\n\n", 1)
-    assert first.startswith("the nation") and second.startswith("law")
+    assert first.startswith("the nation: ") and second.startswith("law")
 
 
 def test_a_folder_without_tokenizer_takes_one_from_the_option(command: Any, run_copy: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import calm_kernels
 from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
 from calm_kernels.reference import energy_score as reference
+from calm_kernels.reference import energy_score_gradient
 
 ALPHAS = (0.2, 0.5, 1.0, 1.5, 1.9)
 ESTIMATORS = ("closed_form", "monte_carlo")
@@ -67,6 +69,30 @@ def test_operator_gradients_are_those_of_the_specification(
         assert ours.dtype == dtype
         error = (ours.double() - theirs).norm(dim=-1) / theirs.norm(dim=-1)
         assert float(error.max()) < tolerance
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_blocks_of_positions_and_targets_leave_no_seam(
+    estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = leaves(
+        *(
+            torch.randn(*shape, 7, dtype=torch.float64, generator=generator)
+            for shape in ((4, 5), (5,), (5,))
+        )
+    )
+    options = {"estimator": estimator, "num_targets": 25}
+    expected = gradients(reference.energy_score(*inputs, **options, seed=torch.tensor([1])), inputs)  # type: ignore[arg-type]
+    # One position and nine targets at a time: 63 elements, no multiple of Philox' four.
+    monkeypatch.setitem(energy_score_gradient.BLOCK_ELEMENTS, "cpu", 64)
+    with calm_kernels.backend("reference"):
+        score = energy_score(*inputs, **options, seed=1)  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        score, reference.energy_score(*inputs, **options, seed=torch.tensor([1]))
+    )  # type: ignore[arg-type]
+    for ours, theirs in zip(gradients(score, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.usefixtures("backend")

@@ -94,15 +94,15 @@ def test_mixed_rows_are_neither_all_sparse_nor_all_dense(reduction: str) -> None
 @pytest.mark.parametrize(
     ("row", "target", "length"),
     [
-        (peaks(1, 1000), 0, 1),
-        (peaks(2, 1000), 1, 2),
-        (peaks(2, 1000), 999, 3),  # the target is in the list however unlikely
-        (peaks(CAPACITY, 1000), 0, CAPACITY),  # capacity exactly met
-        (peaks(CAPACITY, 1000), 999, DENSE),  # and exceeded by the target
-        (peaks(CAPACITY + 1, 1000), 0, DENSE),
-        (peaks(1000, 1000), 3, DENSE),  # uniform, overflowing
+        (peaks(1, 1500), 0, 1),
+        (peaks(2, 1500), 1, 2),
+        (peaks(2, 1500), 1499, 3),  # the target is in the list however unlikely
+        (peaks(CAPACITY, 1500), 0, CAPACITY),  # capacity exactly met
+        (peaks(CAPACITY, 1500), 1499, DENSE),  # and exceeded by the target
+        (peaks(CAPACITY + 1, 1500), 0, DENSE),
+        (peaks(1500, 1500), 3, DENSE),  # uniform, overflowing
         (peaks(CAPACITY, CAPACITY), 3, CAPACITY),  # uniform, fitting
-        (peaks(3, 1000, mass=0.9995), 2, 3),  # the rest is too thin to list and allowed to go
+        (peaks(3, 1500, mass=0.9995), 2, 3),  # the rest is too thin to list and allowed to go
         (peaks(3, 10**4, mass=0.9985), 2, DENSE),  # too thin to list but too much to drop
         (peaks(3, 40, mass=0.9), 2, 40),  # the rest is listed
     ],
@@ -117,7 +117,7 @@ def test_adversarial_rows_are_listed_as_specified(row: Tensor, target: int, leng
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradients_equal_the_definition(reduction: str) -> None:
-    rows, vocab, width, drop_mass = 40, 300, 6, 0.02
+    rows, vocab, width, drop_mass = 40, 1100, 6, 0.02
     generator = torch.Generator().manual_seed(3)
     h = torch.randn(rows, width, generator=generator, dtype=torch.float64)
     h = (h * torch.linspace(0, 12, rows, dtype=torch.float64).unsqueeze(1)).requires_grad_()
@@ -162,6 +162,13 @@ def test_the_loss_is_exact_whatever_is_dropped(reduction: str) -> None:
     assert torch.equal(exact, dropped)
 
 
+def test_small_vocabularies_have_exact_gradients() -> None:
+    logits, target = random_rows("mixed")[:, :1023].contiguous(), torch.arange(60)
+    for reduction in ("sum", "none"):
+        gradient = logit_gradient(logits, target, 0.5, reduction)
+        torch.testing.assert_close(gradient, exact_gradient(logits, target))
+
+
 def test_significance_lists_what_could_exceed_drop_mass_within_capacity() -> None:
     # CAPACITY tokens that are just too unlikely to be listed add up to half of drop_mass.
     assert significance(1e-3) * CAPACITY == pytest.approx(0.5e-3)
@@ -170,7 +177,7 @@ def test_significance_lists_what_could_exceed_drop_mass_within_capacity() -> Non
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_only_ignored_rows_give_zero_gradients(rows: int) -> None:
-    logits = torch.randn(rows, 100, dtype=torch.float64)
+    logits = torch.randn(rows, 1500, dtype=torch.float64)
     target = torch.full((rows,), -100)
     for reduction in ("mean", "sum", "none"):
         assert not logit_gradient(logits, target, 1e-3, reduction).any()

@@ -347,7 +347,20 @@ def test_the_operator_passes_opcheck() -> None:
     ):
         tokens = torch.randint(0, 2, shape, dtype=dtype)
         exponent = torch.rand(shape[0], dtype=torch.float64) * 3 + 1
-        torch.library.opcheck(OPERATOR.reference, (tokens, exponent, seed))
+        rows = torch.arange(shape[0]) * 3
+        torch.library.opcheck(OPERATOR.reference, (tokens, exponent, rows, seed))
+
+
+def test_the_choice_depends_on_the_row_of_the_stream_and_not_on_the_place_in_the_batch() -> None:
+    tokens = torch.arange(64).reshape(1, 64, 1).expand(6, 64, 1)
+    rows = torch.tensor([5, 0, 5, 2**40, 0, 1])
+    chosen = batch_temperature_sample(tokens, 1.0, seed=3, rows=rows).squeeze(1)
+    alone = torch.stack(
+        [batch_temperature_sample(tokens[:1], 1.0, seed=3, rows=row.reshape(1))[0] for row in rows]
+    )
+    assert torch.equal(chosen, alone.squeeze(1))
+    assert chosen[0] == chosen[2] and chosen[1] == chosen[4]
+    assert chosen.unique().numel() == 4
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

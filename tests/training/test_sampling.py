@@ -26,7 +26,7 @@ def model(kind: str, tokenizer: Tokenizer) -> Any:
     torch.manual_seed(0)
     vocabulary: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, "patch_size": 3,
+        "pad_token_id": tokenizer.pad_token_id, "patch_size": 1,
     }  # fmt: skip
     sizes: dict[str, Any] = {
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
