@@ -352,7 +352,7 @@ def test_the_operator_passes_opcheck() -> None:
 
 
 def test_the_choice_depends_on_the_row_of_the_stream_and_not_on_the_place_in_the_batch() -> None:
-    tokens = torch.arange(64).reshape(1, 64, 1).expand(6, 64, 1)
+    tokens = torch.arange(512).reshape(1, 512, 1).expand(6, 512, 1)
     rows = torch.tensor([5, 0, 5, 2**40, 0, 1])
     chosen = batch_temperature_sample(tokens, 1.0, seed=3, rows=rows).squeeze(1)
     alone = torch.stack(
