@@ -11,7 +11,7 @@ from typing import Any
 
 from calm_kernels.bench.report import duration
 from calm_kernels.bench.rows import Row
-from calm_kernels.training.errors import MissingExtraError
+from calm_kernels.training.errors import MissingExtraError, UserError
 from calm_kernels.training.files import atomic_file
 
 _COLORS = {
@@ -40,10 +40,10 @@ def plot(rows: Sequence[Row], path: Path, caption: str) -> None:
         caption: the conditions, under the plot.
 
     Raises:
-        MissingExtraError: matplotlib is not installed. ValueError: an unknown suffix.
+        MissingExtraError: matplotlib is not installed. UserError: an unknown suffix.
     """
     if path.suffix not in _FORMATS:
-        raise ValueError(f"plot: expected a name that ends in {', '.join(_FORMATS)}; got {path}")
+        raise UserError(f"plot: expected a name that ends in {', '.join(_FORMATS)}; got {path}")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

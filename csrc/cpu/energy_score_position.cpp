@@ -115,17 +115,23 @@ struct NodeCorrection {
   T projection;  // sum_d (e F_e + w F_w)
 };
 
+// Sum of ln(1 + q) over lanes, accurate for small q: what 1 + q rounds away is put back as a
+// factor.
 template <typename T>
-CALM_INLINE T sum_of_logs(const Vector<T>& v) {
-  T total = 0;
+CALM_INLINE T sum_of_logs_one_plus(const Vector<T>& q) {
   if constexpr (sizeof(T) == sizeof(float)) {
     Vector<T> logs;
-    for (int i = 0; i < Lanes<T>::kCount; ++i) logs[i] = fast_log(v[i]);
-    total = sum_lanes<T>(logs);
+    for (int i = 0; i < Lanes<T>::kCount; ++i) {
+      const T one_plus = T(1) + q[i];
+      const T above = one_plus - T(1);
+      logs[i] = above == T(0) ? q[i] : fast_log(one_plus) * (q[i] / above);
+    }
+    return sum_lanes<T>(logs);
   } else {
-    for (int i = 0; i < Lanes<T>::kCount; ++i) total += std::log(v[i]);
+    T total = 0;
+    for (int i = 0; i < Lanes<T>::kCount; ++i) total += std::log1p(q[i]);
+    return total;
   }
-  return total;
 }
 
 // What the nodes add to F; F_e and F_w are written to rows e_slope and w_slope.
@@ -147,15 +153,16 @@ CALM_INLINE NodeCorrection<T> node_correction(const EnergyPosition<T>& position,
     for (int64_t start = 0; start < num_vectors; start += kFactorsPerLog) {
       const int64_t end =
           start + kFactorsPerLog < num_vectors ? start + kFactorsPerLog : num_vectors;
-      Vector<T> product = Vector<T>{} + T(1);
+      // 1 + excess is the product of the factors 1 + 2 t w; the excess alone keeps small w.
+      Vector<T> excess{};
       Vector<T> damped{};
       for (int64_t v = start; v < end; ++v) {
         const Vector<T> direction = vectors(offset)[v] * inverse_distance;
-        const Vector<T> scale = T(1) + (T(2) * t * share) * vectors(relative)[v];
-        product *= scale;
-        damped += direction * direction / scale;
+        const Vector<T> x = (T(2) * t * share) * vectors(relative)[v];
+        excess += x * (T(1) + excess);
+        damped += direction * direction / (T(1) + x);
       }
-      log_actual -= T(0.5) * sum_of_logs<T>(product) + t * sum_lanes<T>(damped);
+      log_actual -= T(0.5) * sum_of_logs_one_plus<T>(excess) + t * sum_lanes<T>(damped);
     }
     const T log_matched = -log_one_plus(t * rho) / rho;
     const T matched = rule.weight[j] * exponential(log_matched);
@@ -198,10 +205,11 @@ CALM_INLINE T closed_form_term(const EnergyPosition<T>& position,
       trace += s * s;
     }
     spread.trace = sum_lanes<T>(trace);
-    const T inverse_trace = spread.trace == T(0) ? T(1) : T(1) / spread.trace;
+    // Divided and not multiplied by an inverse, which overflows where the trace is denormal.
+    const T trace_or_one = spread.trace == T(0) ? T(1) : spread.trace;
     Vector<T> second{}, third{}, fourth{};
     for (int64_t v = 0; v < num_vectors; ++v) {
-      const Vector<T> r = vectors(relative)[v] * inverse_trace;
+      const Vector<T> r = vectors(relative)[v] / trace_or_one;
       const Vector<T> r2 = r * r;
       vectors(relative)[v] = r;
       second += r2;
