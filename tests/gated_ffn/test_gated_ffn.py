@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import calm_kernels
 from calm_kernels import _native
@@ -152,10 +153,22 @@ def test_a_row_keeps_x_and_two_products_for_the_backward(dtype: torch.dtype) -> 
 
 
 def test_nothing_is_kept_without_a_gradient_to_come() -> None:
-    tensors = [t.detach() for t in operands(5, 8, 12)]
-    _, _, kept = OPERATORS.gated_ffn.reference(*tensors, 1e-6, False)
-    assert kept.numel() == 0
-    assert not gated_ffn(*tensors).requires_grad
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function._schema.name == "calm_kernels::gated_ffn":
+                kept.append(args[-1])
+            return function(*args, **(kwargs or {}))
+
+    kept: list[bool] = []
+    tensors = operands(5, 8, 12)
+    with Spy():
+        gated_ffn(*tensors)
+        with torch.no_grad():
+            gated_ffn(*tensors)
+        gated_ffn(*(t.detach() for t in tensors))
+    assert kept == [True, False, False]
+    _, _, products = OPERATORS.gated_ffn.reference(*(t.detach() for t in tensors), 1e-6, False)
+    assert products.shape == (0, 24)
 
 
 def test_backward_is_the_same_when_the_products_were_not_kept() -> None:
