@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 from pathlib import Path
 
 import torch
@@ -22,13 +21,13 @@ def peak_bytes(runnable: Runnable, inputs: Inputs, device: torch.device) -> int 
 
     On a GPU what torch allocated. On a CPU the resident pages of the process, so that a kernel's
     own buffers count as well: the kernel's high-water mark is reset before the call, after unused
-    heap was given back. Call the variant before, or its first-time work counts.
+    heap was given back. Call the variant before, or its first-time work counts, and collect
+    garbage, or what is freed meanwhile hides some of the growth.
 
     Returns:
         bytes, exact to some pages on a CPU; None where the system does not tell (not Linux, or
         /proc is restricted).
     """
-    gc.collect()
     with _dispatch.backend(runnable.backend):
         if device.type == "cuda":
             return _peak_of_device(runnable, inputs, device)

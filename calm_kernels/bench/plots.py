@@ -127,6 +127,8 @@ def _memory(row: Row) -> float | None:
 
 def _growth(rows: Sequence[Row], curve: Callable[[Row], float | None], axes: Any) -> None:
     """A curve a variant; variants of one role differ in their dashes."""
+    from matplotlib.ticker import NullLocator
+
     name = str(rows[0].sweep)
     seen: Counter[str] = Counter()
     for variant, points in _grouped(rows, lambda row: row.variant).items():
@@ -135,16 +137,20 @@ def _growth(rows: Sequence[Row], curve: Callable[[Row], float | None], axes: Any
         found = [(float(row.shape[name]), value) for row in points if (value := curve(row))]
         if not found:
             continue
-        sizes, values = zip(*found, strict=True)
-        axes.plot(sizes, values, dashes, marker="o", markersize=3, color=color, label=variant)
+        places, values = zip(*found, strict=True)
+        axes.plot(places, values, dashes, marker="o", markersize=3, color=color, label=variant)
         if curve is _time:
             guide = [values[-1] * row.operations / points[-1].operations for row in points]
-            axes.plot(sizes, guide, ":", color=color, linewidth=0.8)
-    axes.set_xscale("log", base=2)
+            axes.plot(places, guide, ":", color=color, linewidth=0.8)
+    sizes = sorted({float(row.shape[name]) for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yscale("log")
     axes.set_xlabel(name)
     axes.set_ylabel(curve.__doc__)
     fixed = " ".join(f"{key}={value}" for key, value in rows[0].shape.items() if key != name)
     axes.set_title(f"{rows[0].workload} against {name}; {fixed} {rows[0].dtype}", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if seen:
+        axes.legend(fontsize=7, framealpha=0.6)

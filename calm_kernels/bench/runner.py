@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +91,7 @@ def run_case(workload: Workload, case: Case, plan: Plan, limits: Limits) -> list
     times = timing.time_interleaved(
         prepared.runnables, prepared.input_sets, case.device, plan.budget
     )
+    gc.collect()
     for variant in prepared.variants:
         if variant.name not in times:
             continue

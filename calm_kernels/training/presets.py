@@ -165,7 +165,7 @@ def _demo() -> Preset:
         evaluate_every=100,
     )
     language_model = Optimization(
-        steps=600,
+        steps=400,
         batch_size=12,
         block_length=256,
         learning_rate=3e-3,
@@ -189,7 +189,7 @@ def _small() -> Preset:
         steps=4000,
         batch_size=16,
         block_length=128,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         warmup_steps=100,
         weight_decay=0.01,
         log_every=20,
