@@ -26,6 +26,8 @@ template <typename T>
 struct PowerConstants {
   T alpha;
   T a;                // alpha / 2
+  T third_series;     // a (a-1) (a-2) / 6
+  T fourth_series;    // (a-3) / 4
   T gamma_series[4];  // of ln[Gamma(w + (1+a)/2) / Gamma(w + (1-a)/2)] in w^-2
   MomentRule<T> eight;
   MomentRule<T> sixteen;
@@ -62,6 +64,8 @@ PowerConstants<T> power_constants(double alpha) {
   PowerConstants<T> constants{};
   constants.alpha = static_cast<T>(alpha);
   constants.a = static_cast<T>(a);
+  constants.third_series = static_cast<T>(a * (a - 1.0) * (a - 2.0) / 6.0);
+  constants.fourth_series = static_cast<T>((a - 3.0) / 4.0);
   // Bernoulli polynomials of odd degree n + 1 at (1 + a) / 2, expanded around 1/2.
   const double bernoulli[5] = {1.0, 1.0 / 6.0, -1.0 / 30.0, 1.0 / 42.0, -1.0 / 30.0};
   for (int i = 0; i < 4; ++i) {
@@ -86,12 +90,25 @@ CALM_HOST_DEVICE inline float square_root(float x) { return sqrtf(x); }
 CALM_HOST_DEVICE inline double square_root(double x) { return sqrt(x); }
 CALM_HOST_DEVICE inline float exponential(float x) { return expf(x); }
 CALM_HOST_DEVICE inline double exponential(double x) { return exp(x); }
+CALM_HOST_DEVICE inline float logarithm(float x) { return logf(x); }
+CALM_HOST_DEVICE inline double logarithm(double x) { return log(x); }
 CALM_HOST_DEVICE inline float log_one_plus(float x) { return log1pf(x); }
 CALM_HOST_DEVICE inline double log_one_plus(double x) { return log1p(x); }
 CALM_HOST_DEVICE inline float absolute(float x) { return fabsf(x); }
 CALM_HOST_DEVICE inline double absolute(double x) { return fabs(x); }
 CALM_HOST_DEVICE inline float power(float x, float p) { return p == 0.5f ? sqrtf(x) : powf(x, p); }
 CALM_HOST_DEVICE inline double power(double x, double p) { return p == 0.5 ? sqrt(x) : pow(x, p); }
+// x / y for y of ordinary size: on a GPU two instructions and 2 ulp, elsewhere exact.
+CALM_HOST_DEVICE inline float quotient(float x, float y) {
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+  return x * inverse;
+#else
+  return x / y;
+#endif
+}
+CALM_HOST_DEVICE inline double quotient(double x, double y) { return x / y; }
 CALM_HOST_DEVICE inline float largest(float) { return 3.402823466e38f; }
 CALM_HOST_DEVICE inline double largest(double) { return 1.7976931348623157e308; }
 
@@ -146,19 +163,20 @@ CALM_HOST_DEVICE inline void gamma_moment_ratio(T rho, const PowerConstants<T>& 
   const T w = T(1) + shift * rho;
   T numerator = T(1);
   T denominator = T(1);
-  T slope = a * shift / w;
+  T slope = quotient(a * shift, w);
   for (int j = 0; j < kGammaShift; ++j) {
     const T upper = T(1) + T(j) * rho;
     const T lower = T(1) + (T(j) + a) * rho;
     numerator *= upper;
     denominator *= lower;
-    slope -= a / (upper * lower);
+    slope -= quotient(a, upper * lower);
   }
   const T* c = constants.gamma_series;
-  const T x = (rho / w) * (rho / w);
-  ratio = power(w, a) * (numerator / denominator) *
+  const T relative = quotient(rho, w);
+  const T x = relative * relative;
+  ratio = power(w, a) * quotient(numerator, denominator) *
           exponential(x * (c[0] + x * (c[1] + x * (c[2] + x * c[3]))));
-  log_slope = slope + T(2) * rho / (w * w * w) *
+  log_slope = slope + quotient(T(2) * rho, w * w * w) *
                           (c[0] + x * (T(2) * c[1] + x * (T(3) * c[2] + x * (T(4) * c[3]))));
 }
 
@@ -173,8 +191,8 @@ CALM_HOST_DEVICE inline MomentFactor<T> moment_factor(const LawMoments<T>& law,
   const T d2 = T(1) - (T(2) - a) * rho;
   const T d3 = T(1) - (T(3) - a) * rho;
   const T d4 = T(1) - (T(4) - a) * rho;
-  const T c3 = a * (a - T(1)) * (a - T(2)) / T(6) / (d1 * d2 * d3);
-  const T c4 = c3 * ((a - T(3)) / T(4)) / d4;
+  const T c3 = quotient(constants.third_series, d1 * d2 * d3);
+  const T c4 = quotient(c3 * constants.fourth_series, d4);
   const T skewness = c3 * (law.third - T(2) * rho * rho);
   const T kurtosis = c4 * (law.fourth - T(6) * rho * rho * rho);
   // Terms shrink by about b, the share of the dimensions that dominate the fourth cumulant.
@@ -188,8 +206,8 @@ CALM_HOST_DEVICE inline MomentFactor<T> moment_factor(const LawMoments<T>& law,
   if (series_fails) {
     return {matched, matched * log_slope, T(0), T(0), law.rho > T(kEightNodesRho) ? 16 : 8};
   }
-  const T slope3 = (T(1) - a) / d1 + (T(2) - a) / d2 + (T(3) - a) / d3;
-  const T slope4 = slope3 + (T(4) - a) / d4;
+  const T slope3 = quotient(T(1) - a, d1) + quotient(T(2) - a, d2) + quotient(T(3) - a, d3);
+  const T slope4 = slope3 + quotient(T(4) - a, d4);
   const T series = T(1) + skewness + kurtosis;
   const T series_rho = slope3 * skewness + slope4 * kurtosis - rho * (T(4) * c3 + T(18) * rho * c4);
   return {matched * series, matched * (log_slope * series + series_rho), matched * c3, matched * c4,
