@@ -2,11 +2,11 @@
 // position. Free of torch. What the fast kernels (energy_score_closed_form.cuh,
 // energy_score_targets.cuh) serve goes there.
 //
-// Fewest bytes: as theirs; rows are read again from cache where they are needed again, so nothing
-// but the targets of a batch and a few numbers a pair and sample is kept in shared memory, and no
-// size is too large for it. Operations an element: N (N-1) for the pair distances, 5 N for the
-// moments of the closed form, 2 N^2 + 10 N for the gradient; N M 4 and a normal a target with
-// targets.
+// Fewest bytes: as theirs; rows are read again from cache where they are needed again. Shared
+// memory holds a row of D, or the targets of a batch, and a few numbers a pair and sample: 64
+// samples of 4096 dimensions fit, in float64 too. Operations an element: N (N-1) for the pair
+// distances, 6 N for the moments of the closed form, 2 N^2 + 10 N for the gradient; with targets 4
+// N M and M normals.
 //
 // Mapping: `width` lanes, 32 unless D is smaller, sum over the elements for a tile of 4 x 4 rows
 // together: 8 loads for 32 operations. Powers are taken a thread a pair. Gradients are a thread an

@@ -171,7 +171,6 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
     score = block_sum(score, position.shared + layout.sums);
     if (threadIdx.x == 0) arguments.score[p] = score;
-    __syncthreads();
   }
 }
 

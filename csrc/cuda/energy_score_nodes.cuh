@@ -172,7 +172,6 @@ __device__ inline void round_directly(const EnergyArguments<In>& arguments,
       }
       if (live) warp.store(arguments.grad_samples + arguments.dense(n, p), gradient);
     }
-    __syncwarp();
   }
 
   if (!live) return;
@@ -192,7 +191,6 @@ template <typename In>
                                                        unsigned taken_lanes) {
   const WarpPositions<In> warp(arguments, log2_width, shared);
   for (int round = 0; round < warp.rounds(); ++round) {
-    __syncwarp();
     round_directly(arguments, warp, round, taken_lanes);
   }
 }
