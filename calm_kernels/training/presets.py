@@ -156,7 +156,7 @@ def _tiny() -> Preset:
 
 def _demo() -> Preset:
     autoencoder = Optimization(
-        steps=500,
+        steps=800,
         batch_size=16,
         block_length=128,
         learning_rate=4e-3,
