@@ -88,7 +88,6 @@ def _exponent(
                 f"temperature: expected 0 < T <= 1 everywhere; got {temperature.tolist()}; "
                 "drawing from P itself is T = 1"
             )
-        b, tolerance = 1.0 / temperature.double(), _INTEGER_TOLERANCE[temperature.dtype]
     else:
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
             raise TypeError(
@@ -100,11 +99,14 @@ def _exponent(
                 f"temperature: expected 0 < T <= 1; got {temperature}; "
                 "drawing from P itself is T = 1"
             )
-        b = 1.0 / torch.full((batch_size,), temperature, dtype=torch.float64, device=device)
-        tolerance = _INTEGER_TOLERANCE[torch.float64]
-    b = b.clamp_max(_LARGEST_EXPONENT)
-    nearest = b.round()
-    return torch.where((b - nearest).abs() <= tolerance * b, nearest, b)
+        b = min(1.0 / temperature, _LARGEST_EXPONENT)
+        nearest = round(b)
+        b = nearest if abs(b - nearest) <= _INTEGER_TOLERANCE[torch.float64] * b else b
+        return torch.full((batch_size,), b, dtype=torch.float64, device=device)
+    exponent = (1.0 / temperature.double()).clamp_max(_LARGEST_EXPONENT)
+    whole = exponent.round()
+    tolerance = _INTEGER_TOLERANCE[temperature.dtype]
+    return torch.where((exponent - whole).abs() <= tolerance * exponent, whole, exponent)
 
 
 @overload
