@@ -235,9 +235,7 @@ class PatchEncoder(nn.Module):
 
     def _sources(self) -> tuple[Tensor, ...]:
         squeeze = self.squeeze_layer
-        return _sources(
-            self.embed_tokens.weight, self._first_stage(), squeeze.weight, squeeze.bias
-        )
+        return _sources(self.embed_tokens.weight, self._first_stage(), squeeze.weight, squeeze.bias)
 
     def _first_stage(self) -> list[GatedFFN]:
         return cast(list[GatedFFN], list(self.encoder_layers[: self._stage]))

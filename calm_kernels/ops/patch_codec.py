@@ -257,6 +257,10 @@ def _fresh_ids_impl(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int
     return ids.clone()
 
 
+def _fake_fresh_ids(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> Tensor:
+    return torch.empty_like(ids)
+
+
 # An operator, so that compiled code runs the check as well, at every call. It has no backends to
 # choose from; torch's decorator for such operators imports the compiler at the first call.
 _library = torch.library.Library("calm_kernels", "FRAGMENT")
@@ -265,11 +269,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("fresh_ids", _fresh_ids_impl, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("calm_kernels::fresh_ids", lib=_library)
-def _(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> Tensor:
-    return torch.empty_like(ids)
+torch.library.register_fake("calm_kernels::fresh_ids", _fake_fresh_ids, lib=_library)
 
 
 def fresh_ids(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> Tensor:

@@ -9,10 +9,10 @@
 
 namespace calm {
 
-// Tokens in the order of their ids are cut in tiles of so many. A tile sums the rows of each id that
-// it holds; sums of an id that lies in several tiles are added up afterwards. Where a tile begins
-// depends on the tokens alone, so the result does not depend on threads, and a sum of n terms in
-// float32 is short twice (32 and n / 32) in place of long once.
+// Tokens in the order of their ids are cut in tiles of so many. A tile sums the rows of each id
+// that it holds; sums of an id that lies in several tiles are added up afterwards. Where a tile
+// begins depends on the tokens alone, so the result does not depend on threads, and a sum of n
+// terms in float32 is short twice (32 and n / 32) in place of long once.
 constexpr int64_t kTileTokens = 32;
 
 // Tokens of patches of `patch_size`, some of them dropped: taken to be id 0.
@@ -22,9 +22,8 @@ struct TokenDropout {
 
   CALM_HOST_DEVICE bool drops(int64_t patch, int64_t k) const {
     if (seed == nullptr) return false;
-    const PhiloxWords words =
-        philox(static_cast<uint64_t>(*seed), static_cast<uint64_t>(patch),
-               static_cast<uint32_t>(k / 4), Stream::kTokenDropout);
+    const PhiloxWords words = philox(static_cast<uint64_t>(*seed), static_cast<uint64_t>(patch),
+                                     static_cast<uint32_t>(k / 4), Stream::kTokenDropout);
     return to_uniform(words.word[k % 4]) < probability;
   }
 };

@@ -139,8 +139,7 @@ std::tuple<Tensor, Tensor> embed_flatten(const Tensor& ids_in, const Tensor& emb
   const int64_t num_patches = ids.size(0);
   const int64_t patch_size = ids.size(1);
   const int64_t vocab_size = embedding.size(0);
-  Tensor flat =
-      torch::stable::new_empty(embedding, {num_patches, patch_size * embedding.size(1)});
+  Tensor flat = torch::stable::new_empty(embedding, {num_patches, patch_size * embedding.size(1)});
   Tensor used_ids = torch::stable::new_empty(ids, {num_patches, patch_size}, ScalarType::Long);
   const int64_t bytes = embedding.size(1) * static_cast<int64_t>(embedding.element_size());
   const char* table = static_cast<const char*>(embedding.const_data_ptr());
