@@ -97,8 +97,9 @@ def embed_flatten(
             below ``dropout``.
 
     Returns:
-        [P, K*H], dtype of ``embedding``. Differentiable in ``embedding`` (summed in float32; a
-        replaced token's gradient goes to row 0).
+        [P, K*H], dtype of ``embedding``. Differentiable in ``embedding`` (summed in float32, by the
+        native kernels in an order that depends on the ids alone; a replaced token's gradient goes
+        to row 0).
 
     Raises:
         TypeError: wrong dtype. ValueError: wrong shape, an id outside [0, V) (checked on CPU

@@ -24,7 +24,10 @@ struct TokenDropout {
     if (seed == nullptr) return false;
     const PhiloxWords words = philox(static_cast<uint64_t>(*seed), static_cast<uint64_t>(patch),
                                      static_cast<uint32_t>(k / 4), Stream::kTokenDropout);
-    return to_uniform(words.word[k % 4]) < probability;
+    // Chosen, not indexed: on a GPU that would put the words into memory.
+    const uint32_t low = k % 2 == 0 ? words.word[0] : words.word[1];
+    const uint32_t high = k % 2 == 0 ? words.word[2] : words.word[3];
+    return to_uniform(k % 4 < 2 ? low : high) < probability;
   }
 };
 
