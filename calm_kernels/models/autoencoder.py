@@ -131,9 +131,13 @@ class Autoencoder(CalmPreTrainedModel):
         return logits.reshape(*latents.shape[:-1], *logits.shape[1:])
 
     def fold(self) -> Autoencoder:
-        """Give the encoder its lookup tables, or renew them; for weights that stay put."""
-        folded = self.encoder.folded
-        if folded is None or folded.is_stale():
+        """Give the encoder its lookup tables, or renew them; for weights that stay put.
+
+        Compiled code renews none: there, tables that became stale raise when they are used.
+        """
+        if self.encoder.folded is not None and torch.compiler.is_compiling():
+            return self
+        if self.encoder.folded is None or self.encoder.is_stale():
             config = self.config
             entries = config.patch_size * config.vocab_size * config.hidden_size
             self.encoder.fold("squeezed" if entries <= LARGEST_SQUEEZED_TABLES else "table")

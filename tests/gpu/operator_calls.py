@@ -272,6 +272,39 @@ CALLS = (
         gradients=("embedding",),
     ),
     OperatorCall(
+        # Rows of an odd number of elements; more tokens than a tile, most of them of few ids.
+        "embed_flatten-frequent_ids",
+        ("embed_flatten", "embed_flatten_backward"),
+        lambda draws: {
+            "ids": draws.ids(3, 251, 5) * draws.ids(2, 251, 5),
+            "embedding": draws.normal(4, 37),
+        },
+        calm_kernels.embed_flatten,
+        gradients=("embedding",),
+    ),
+    OperatorCall(
+        "embed_flatten-int32",
+        ("embed_flatten", "embed_flatten_backward"),
+        lambda draws: {
+            "ids": draws.ids(29, 17, 3).int(),
+            "embedding": draws.normal(29, 264),
+            "dropout": 0.15,
+            "seed": draws.seed(),
+        },
+        calm_kernels.embed_flatten,
+        gradients=("embedding",),
+    ),
+    OperatorCall(
+        "folded_squeezed_gather-odd",
+        ("folded_squeezed_gather",),
+        lambda draws: {
+            "ids": draws.ids(29, 45, 5).int(),
+            "tables": draws.normal(5, 29, 37),
+            "bias": draws.normal(37),
+        },
+        calm_kernels.folded_squeezed_gather,
+    ),
+    OperatorCall(
         "folded_table_gather",
         ("embed_flatten",),
         lambda draws: {"ids": draws.ids(29, 17, 3), "table": draws.normal(29, 24)},

@@ -15,6 +15,7 @@ namespace py = pybind11;
 
 void bind_energy_score(py::module_& m);
 void bind_temperature_sampling(py::module_& m);
+void bind_patch_codec(py::module_& m);
 
 namespace {
 
@@ -101,6 +102,7 @@ PYBIND11_MODULE(calm_simt, m) {
   m.def("philox_normal", &philox<true>);
   bind_energy_score(m);
   bind_temperature_sampling(m);
+  bind_patch_codec(m);
   m.def("self_test_sum", &self_test_sum);
   m.def("self_test_fault", &self_test_fault);
 }
