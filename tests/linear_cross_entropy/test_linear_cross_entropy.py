@@ -324,7 +324,7 @@ def test_operators_pass_opcheck(with_bias: bool, drop_mass: float, backend: str)
     backward = getattr(OPERATORS.linear_cross_entropy_rows_backward, overload)
     torch.library.opcheck(rows, common)
     torch.library.opcheck(reduced, (*common, True, [True, True, with_bias]))
-    _, *saved = rows(*common)
+    _, _, *saved, _ = rows(*common)
     tensors = [None if t is None else t.detach() for t in (h, w, bias)]
     torch.library.opcheck(
         backward, (torch.randn(5), *tensors, target, *saved, -100, [True, False, with_bias])
