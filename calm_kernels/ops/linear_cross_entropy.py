@@ -138,17 +138,25 @@ def _fake_reduced(
 
 
 def _setup_reduced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.ignore_index, ctx.drop_mass, ctx.mean, ctx.wanted = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[3:])
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*tensors)
+    ctx.grads = output[3:]
 
 
 def _backward_reduced(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = (
-        (grad * grad_loss).to(ctx.dtype) if needed else None
-        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    # The gradients are handed out, not copied: that of weight would be the largest tensor of the
+    # whole call twice. Whoever goes through a retained graph again has them made again.
+    grads, ctx.grads = ctx.grads, None
+    if grads is None:
+        options = (ctx.ignore_index, ctx.drop_mass, ctx.mean, ctx.wanted)
+        _, _, _, *grads = _reduced(grad_loss.device, *ctx.saved_tensors, *options)
+    dtype = ctx.saved_tensors[0].dtype
+    scaled = (
+        grad.mul_(grad_loss).to(dtype) if needed else None
+        for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)
     )
-    return (*grads, None, None, None, None, None)
+    return (*scaled, None, None, None, None, None)
 
 
 _reduced = define(
