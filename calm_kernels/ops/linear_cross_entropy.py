@@ -264,11 +264,13 @@ def linear_cross_entropy(
         sums are float32 too. Differentiable once, in hidden, weight and bias. With ``return_info``
         the pair (loss, :class:`LinearCrossEntropyInfo`).
 
-    Memory: a chunk of rows' logits (6 MiB in float32, or one row's if that is more), with
-        ``drop_mass`` two. ``"mean"`` and ``"sum"`` make the gradients together with the loss and
-        keep them until the backward, in float32: H values a row and the size of weight.
-        ``"none"`` keeps two values a row, and with ``drop_mass`` its list of 64 entries, and
-        computes the logits again.
+    Memory: a buffer for a chunk of rows: 6.25 MiB in float32, or the logits of 64 rows and eight
+        times their hidden states if that is more (compiled CPU code; the PyTorch reference holds 6
+        MiB of logits, or one row's, with ``drop_mass`` twice). ``"mean"`` and ``"sum"`` make the
+        gradients together with the loss and keep them for the backward, which hands them out, in
+        float32: H values a row and the size of weight. Going through a retained graph a second
+        time computes them again. ``"none"`` keeps two values a row, and with ``drop_mass`` its list
+        of 64 entries, and computes the logits again.
 
     Autocast: hidden, weight and bias are cast to the autocast dtype.
 
