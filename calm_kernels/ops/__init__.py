@@ -1,6 +1,6 @@
 """The operators: contract, checks, dispatch. Importing this package defines their schemas."""
 
-from calm_kernels.ops.brier import brier_lm, brier_scores
+from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
 from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
 from calm_kernels.ops.gated_ffn import gated_ffn
 from calm_kernels.ops.linear_argmax import linear_argmax
@@ -23,6 +23,7 @@ __all__ = [
     "LinearCrossEntropyInfo",
     "batch_temperature_sample",
     "brier_lm",
+    "brier_rates",
     "brier_scores",
     "embed_flatten",
     "energy_score",

@@ -195,6 +195,14 @@ CALLS = (
         ids=("samples", "target"),
     ),
     OperatorCall(
+        "brier_rates",
+        ("brier_rates",),
+        lambda draws: {"samples": draws.ids(3, 7, 45, 4), "target": draws.ids(3, 45, 4)},
+        calm_kernels.brier_rates,
+        dtypes=IDS,
+        ids=("samples", "target"),
+    ),
+    OperatorCall(
         "philox_uniform",
         ("philox_uniform",),
         lambda draws: {
