@@ -118,12 +118,15 @@ def linear_cross_entropy_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each in its dtype; [0] where not wanted.
 
-    grad_loss [R]. The logits of dense rows are computed again, chunk by chunk.
+    grad_loss [R]. The logits of dense rows are computed again, chunk by chunk. A row whose target
+    is none of the columns has no onehot: columns may be a part of the vocabulary, ``top`` and
+    ``total`` those of the whole.
     """
     dtype = compute_dtype(hidden.dtype)
     targets = _targets(target, ignore_index, weight.shape[0])
     scale = torch.where(targets.counted, grad_loss, 0.0)
-    gradients = _Gradients(hidden, weight, targets.index, scale, wanted)
+    onehot = scale.masked_fill(targets.broken, 0.0)
+    gradients = _Gradients(hidden, weight, targets.index, onehot, wanted)
     selections: list[Tensor] | list[slice]
     if list_columns.shape[1] > 0:
         slots = torch.arange(list_columns.shape[1], device=hidden.device)

@@ -381,10 +381,11 @@ void backward_of_dense(VocabularyHead<T, In>& head, const Operands<In>& operands
     for_slots(begin, end, shape, [&](int64_t slot) {
       const int64_t r = head.row(slot);
       const int64_t target = operands.targets()[r];
-      const bool broken = target < 0 || target >= shape.vocab_size;
       scaled_exponentials(head.logits(slot), head.bias(), shape.vocab_size, shape.padded,
                           saved.top[r], saved.grad_loss[r] / saved.total[r]);
-      head.logits(slot)[broken ? 0 : target] -= saved.grad_loss[r];
+      // Elsewhere than among these columns: the total says what to make of it.
+      const bool here = target >= 0 && target < shape.vocab_size;
+      if (here) head.logits(slot)[target] -= saved.grad_loss[r];
       head.set_dense(slot);
     });
     head.keep_dense(begin, end);
