@@ -172,6 +172,21 @@ _reduced = define(
 )
 
 
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str
+) -> torch.device:
+    """Types, shapes, devices and the reduction; returns the device."""
+    _checks.tensor("hidden", hidden, _checks.FLOAT_DTYPES, ("*", "H"))
+    _checks.tensor("weight", weight, _checks.FLOAT_DTYPES, ("V", hidden.shape[-1]))
+    _checks.at_least("weight.shape[0]", weight.shape[0], 1, " row")
+    _checks.tensor("target", target, _checks.INTEGER_DTYPES, hidden.shape[:-1])
+    if bias is not None:
+        _checks.tensor("bias", bias, _checks.FLOAT_DTYPES, (weight.shape[0],))
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    return _checks.same_device(hidden=hidden, weight=weight, target=target, bias=bias)
+
+
 def _check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Targets within the vocabulary. Reading them would stall a GPU, so on CPU tensors only."""
     if target.device.type != "cpu" or torch.compiler.is_compiling():
@@ -282,18 +297,10 @@ def linear_cross_entropy(
     Source: the certified sparse backward is this package's own; its specification is the docstring
     of calm_kernels/reference/linear_cross_entropy.py.
     """
-    _checks.tensor("hidden", hidden, _checks.FLOAT_DTYPES, ("*", "H"))
+    device = _check_tensors(hidden, weight, target, bias, reduction)
     hidden_size, lead = hidden.shape[-1], hidden.shape[:-1]
-    _checks.tensor("weight", weight, _checks.FLOAT_DTYPES, ("V", hidden_size))
-    _checks.at_least("weight.shape[0]", weight.shape[0], 1, " row")
-    _checks.tensor("target", target, _checks.INTEGER_DTYPES, lead)
-    if bias is not None:
-        _checks.tensor("bias", bias, _checks.FLOAT_DTYPES, (weight.shape[0],))
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if not 0.0 <= drop_mass < 1.0:
         raise ValueError(f"drop_mass: expected a probability mass in [0, 1); got {drop_mass}")
-    device = _checks.same_device(hidden=hidden, weight=weight, target=target, bias=bias)
     _check_target(target, weight.shape[0], ignore_index)
     hidden, weight = _autocast.cast(device, hidden), _autocast.cast(device, weight)
     bias = _autocast.cast(device, bias)
