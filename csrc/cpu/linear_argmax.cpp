@@ -41,9 +41,9 @@ namespace {
 constexpr int64_t kRowsPerTile = 400;
 constexpr int64_t kColumnsPerTile = 512;
 // With few rows wider tiles keep the number of matmuls down.
-constexpr int64_t kMostColumnsPerTile = 8192;
-// Operations per task: below about this many the hand-over to the pool costs more than it saves.
-constexpr int64_t kGrainOperations = int64_t{1} << 20;
+constexpr int64_t kMostColumnsPerTile = 2048;
+// A matmul's last few columns may be summed in another order than the others.
+constexpr int64_t kColumnUnit = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -55,7 +55,9 @@ struct Tile {
   int64_t columns;
 };
 
-// How the logits are cut: blocks of rows outermost.
+// How the logits are cut: blocks of rows outermost. Tiles have whole units of columns, and the last
+// one of a block overlaps the one before it, so that every logit of a row is summed alike and what
+// is equal ties.
 struct Tiling {
   int64_t rows;
   int64_t vocab;
@@ -68,7 +70,8 @@ struct Tiling {
     const int64_t row_tiles = divide_up(rows, kRowsPerTile);
     rows_per_tile = divide_up(rows, row_tiles);
     const int64_t columns = kRowsPerTile / rows_per_tile * kColumnsPerTile;
-    columns_per_tile = std::min({columns, kMostColumnsPerTile, vocab});
+    const int64_t whole = vocab < kColumnUnit ? vocab : vocab / kColumnUnit * kColumnUnit;
+    columns_per_tile = std::min({columns, kMostColumnsPerTile, whole});
     column_tiles = divide_up(vocab, columns_per_tile);
     num_tiles = row_tiles * column_tiles;
   }
@@ -76,8 +79,8 @@ struct Tiling {
   Tile tile(int64_t i) const {
     const int64_t row = i / column_tiles * rows_per_tile;
     const int64_t column = i % column_tiles * columns_per_tile;
-    return {row, std::min(rows_per_tile, rows - row), column,
-            std::min(columns_per_tile, vocab - column)};
+    return {row, std::min(rows_per_tile, rows - row), std::min(column, vocab - columns_per_tile),
+            columns_per_tile};
   }
 };
 
@@ -216,13 +219,15 @@ class Widened {
 };
 
 template <typename Way>
-void run(const Way& way, const Tiling& tiling, int64_t size, int64_t* index,
-         typename Way::Result* value) {
+void run(const Way& way, const Tiling& tiling, int64_t* index, typename Way::Result* value) {
   using Result = typename Way::Result;
   Bests<Result> bests(tiling.rows);
-  const int64_t operations = tiling.rows_per_tile * tiling.columns_per_tile * (size + 1);
-  const int64_t grain = std::max<int64_t>(1, kGrainOperations / operations);
-  torch::stable::parallel_for(0, tiling.num_tiles, grain, [&](int64_t begin, int64_t end) {
+  // Two tasks at least: a single one would leave the pool to the matmul, and its sums to the number
+  // of threads.
+  const int64_t num_tasks = std::max<int64_t>(2, tiling.num_tiles);
+  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+    end = std::min(end, tiling.num_tiles);
+    if (begin >= end) return;
     Way mine = way;
     std::vector<typename Way::Logit> logits(
         static_cast<size_t>(tiling.rows_per_tile * tiling.columns_per_tile));
@@ -269,7 +274,7 @@ void run_widened(const Tensor& hidden, const Tensor& weight, const std::optional
   if (bias) widen(data_of<uint16_t>(bias), tiling.vocab, wide_bias.data());
   const Rows<float> rows{wide_hidden.data(), narrow.size, narrow.size};
   run(Widened(rows, rows_of<uint16_t>(weight), bias ? wide_bias.data() : nullptr, widen), tiling,
-      narrow.size, index, value);
+      index, value);
 }
 
 std::tuple<Tensor, Tensor> linear_argmax(const Tensor& hidden_in, const Tensor& weight_in,
@@ -280,7 +285,6 @@ std::tuple<Tensor, Tensor> linear_argmax(const Tensor& hidden_in, const Tensor& 
   std::optional<Tensor> bias;
   if (bias_in) bias = torch::stable::contiguous(*bias_in);
   const int64_t num_rows = hidden.size(0);
-  const int64_t size = hidden.size(1);
   const ScalarType dtype = hidden.scalar_type();
   const bool is_double = dtype == ScalarType::Double;
   Tensor index = torch::stable::new_empty(hidden, {num_rows}, ScalarType::Long);
@@ -290,7 +294,7 @@ std::tuple<Tensor, Tensor> linear_argmax(const Tensor& hidden_in, const Tensor& 
   const Tiling tiling(num_rows, weight.size(0));
   int64_t* indices = index.mutable_data_ptr<int64_t>();
   const auto direct = [&]<typename T>(T* values) {
-    run(Direct<T>(rows_of<T>(hidden), rows_of<T>(weight), data_of<T>(bias)), tiling, size, indices,
+    run(Direct<T>(rows_of<T>(hidden), rows_of<T>(weight), data_of<T>(bias)), tiling, indices,
         values);
   };
   if (is_double) {
@@ -298,7 +302,7 @@ std::tuple<Tensor, Tensor> linear_argmax(const Tensor& hidden_in, const Tensor& 
   } else if (dtype == ScalarType::Float) {
     direct(value.mutable_data_ptr<float>());
   } else if (dtype == ScalarType::BFloat16 && !bias && has_bfloat16_products()) {
-    run(Rounded(rows_of<uint16_t>(hidden), rows_of<uint16_t>(weight)), tiling, size, indices,
+    run(Rounded(rows_of<uint16_t>(hidden), rows_of<uint16_t>(weight)), tiling, indices,
         value.mutable_data_ptr<float>());
   } else {
     run_widened(hidden, weight, bias, tiling, indices, value.mutable_data_ptr<float>());

@@ -239,6 +239,16 @@ CALLS = (
         calm_kernels.linear_argmax,
     ),
     OperatorCall(
+        "linear_argmax-many_rows",
+        ("linear_argmax",),
+        lambda draws: {
+            "hidden": draws.normal(301, 72),
+            "weight": draws.normal(1283, 72),
+            "return_max": True,
+        },
+        calm_kernels.linear_argmax,
+    ),
+    OperatorCall(
         "linear_cross_entropy-mean",
         ("linear_cross_entropy_reduced",),
         _head,
