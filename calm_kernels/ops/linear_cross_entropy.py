@@ -83,6 +83,7 @@ def _fake_rows_backward(
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, ctx.ignore_index, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of the size of the lists
     ctx.save_for_backward(hidden, weight, bias, target, *output[2:7])
 
 
@@ -140,20 +141,24 @@ def _fake_reduced(
 def _setup_reduced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.ignore_index, ctx.drop_mass, ctx.mean, ctx.wanted = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of the size of the gradients
     ctx.save_for_backward(*tensors)
     ctx.grads = output[3:]
 
 
 def _backward_reduced(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    # The gradients are handed out, not copied: that of weight would be the largest tensor of the
-    # whole call twice. Whoever goes through a retained graph again has them made again.
+    # The gradients are scaled where they are and handed out: a copy would hold the largest tensor
+    # of the whole call twice. Whoever goes through a retained graph again has them made again.
+    # Traced tensors are of a subclass; the compiler sees to their memory.
     grads, ctx.grads = ctx.grads, None
     if grads is None:
         options = (ctx.ignore_index, ctx.drop_mass, ctx.mean, ctx.wanted)
         _, _, _, *grads = _reduced(grad_loss.device, *ctx.saved_tensors, *options)
     dtype = ctx.saved_tensors[0].dtype
     scaled = (
-        grad.mul_(grad_loss).to(dtype) if needed else None
+        (grad.mul_(grad_loss) if type(grad) is Tensor else grad * grad_loss).to(dtype)
+        if needed
+        else None
         for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)
     )
     return (*scaled, None, None, None, None, None)
