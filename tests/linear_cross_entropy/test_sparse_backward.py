@@ -154,7 +154,7 @@ def test_the_loss_is_exact_whatever_is_dropped(reduction: str) -> None:
 
 
 def test_small_vocabularies_have_exact_gradients() -> None:
-    logits, target = random_rows("mixed")[:, :1023].contiguous(), torch.arange(60)
+    logits, target = random_rows("mixed")[:, :255].contiguous(), torch.arange(60)
     for reduction in ("sum", "none"):
         gradient = logit_gradient(logits, target, 0.5, reduction)
         torch.testing.assert_close(gradient, exact_gradient(logits, target))
