@@ -33,8 +33,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct HeadShape {
   int64_t vocab_size;
   int64_t hidden_size;
-  int64_t padded;     // a row of logits
-  int64_t tile;       // vocabulary rows
+  int64_t padded;  // a row of logits
+  int64_t tile;    // vocabulary rows
   int64_t num_tiles;
   int64_t num_parts;  // partial sums of the hidden gradient
 
@@ -150,7 +150,8 @@ class VocabularyHead {
     std::fill_n(out, size, T(0));
     const int32_t* column = columns(slot);
     const T* factor = factors(slot);
-    for (int32_t i = 0; i < lengths_[slot]; ++i) add_row(out, weight_ + column[i] * size, factor[i]);
+    for (int32_t i = 0; i < lengths_[slot]; ++i)
+      add_row(out, weight_ + column[i] * size, factor[i]);
   }
 
   // The weight and bias gradients of the lists in [begin, end).
@@ -270,8 +271,7 @@ void VocabularyHead<T, In>::add_lists_to_weight(int64_t begin, int64_t end) {
     if (is_dense_[slot]) continue;
     for (int32_t i = 0; i < lengths_[slot]; ++i) {
       const int32_t column = columns(slot)[i];
-      entries_[first_of_column_[column]++] = {column, static_cast<int32_t>(slot),
-                                              factors(slot)[i]};
+      entries_[first_of_column_[column]++] = {column, static_cast<int32_t>(slot), factors(slot)[i]};
     }
   }
   constexpr int64_t kGrainEntries = 64;
@@ -321,8 +321,7 @@ void VocabularyHead<T, In>::flush_tile(Tile& scratch, int64_t tile, int64_t part
                                        bool first_of_part) {
   const int64_t size = shape_.hidden_size;
   const Matrix<T> residual = residuals(0, num_waiting_, tile);
-  const Matrix<const T> values{residual.data, residual.rows, residual.columns,
-                               residual.row_stride};
+  const Matrix<const T> values{residual.data, residual.rows, residual.columns, residual.row_stride};
   const int64_t column = tile * shape_.tile;
   if (gradients_.hidden != nullptr) {
     T* sum = parts_.get() + part * num_slots_ * size;

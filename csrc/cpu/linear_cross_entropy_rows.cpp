@@ -188,8 +188,7 @@ CALM_MULTIVERSION int64_t list_in_any_lanes(const float* row, int64_t padded, fl
 __attribute__((target("avx512f"))) int64_t list_compressed(const float* row, int64_t padded,
                                                            float threshold, int32_t* columns) {
   const __m512 limit = _mm512_set1_ps(threshold);
-  const __m512i lanes =
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int64_t count = 0;
   for (int64_t v = 0; v < padded; v += kRowLanes) {
     const __mmask16 above = _mm512_cmp_ps_mask(_mm512_load_ps(row + v), limit, _CMP_GT_OQ);

@@ -39,10 +39,10 @@ constexpr ScalarType scalar_type_of() {
 template <typename T>
 Tensor view_of(const Matrix<T>& matrix) {
   using Element = std::remove_const_t<T>;
-  return torch::stable::from_blob(
-      const_cast<Element*>(matrix.data), {matrix.rows, matrix.columns},
-      {matrix.row_stride, matrix.column_stride},
-      torch::stable::Device(torch::headeronly::DeviceType::CPU), scalar_type_of<Element>());
+  return torch::stable::from_blob(const_cast<Element*>(matrix.data), {matrix.rows, matrix.columns},
+                                  {matrix.row_stride, matrix.column_stride},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  scalar_type_of<Element>());
 }
 
 // out = a b, or out += a b.
@@ -53,11 +53,10 @@ void multiply(const Matrix<T>& out, const Matrix<const T>& a, const Matrix<const
   const Tensor left = view_of(a);
   const Tensor right = view_of(b);
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(),
-                                                           right.get(), 1.0, 1.0));
-  } else {
     STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+        aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
   }
 }
 
