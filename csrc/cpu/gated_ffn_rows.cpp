@@ -95,7 +95,7 @@ CALM_INLINE Vector<double> exponential_lanes(const Vector<double>& x) {
 template <typename S>
 CALM_INLINE void normalise_row(const S* x, const S* weight, ComputeOf<S> rstd, S* normed,
                                int64_t size) {
-  for_vectors<S>(size, [&](int64_t i, auto count) {
+  for_vectors<S>(size, [&](int64_t i, auto count) __attribute__((always_inline)) {
     store<S>(normed + i, load<S>(x + i, count) * rstd * load<S>(weight + i, count), count);
   });
 }
@@ -106,7 +106,7 @@ CALM_INLINE void rms_norm_rows(const RmsNormRows<S>& rows) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const S* x = rows.x + r * rows.size;
     Vector<T> squares{};
-    for_vectors<S>(rows.size, [&](int64_t i, auto count) {
+    for_vectors<S>(rows.size, [&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vector<T> v = load<S>(x + i, count);
       squares += v * v;
     });
@@ -134,7 +134,7 @@ CALM_INLINE void rms_norm_backward_rows(const RmsNormBackwardRows<S>& rows) {
     S* grad = rows.grad_x + r * rows.size;
     const T rstd = rows.rstd[r];
     Vector<T> products{};
-    for_vectors<S>(rows.size, [&](int64_t i, auto count) {
+    for_vectors<S>(rows.size, [&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vector<T> by_unit = load<S>(grad + i, count) * (load<S>(x + i, count) * rstd);
       T* const sum = rows.grad_norm_weight + i;
       store<T>(sum, load<T>(sum, count) + by_unit, count);
@@ -142,7 +142,7 @@ CALM_INLINE void rms_norm_backward_rows(const RmsNormBackwardRows<S>& rows) {
     });
     // Scaling x leaves the unit vector unchanged: the component along it is taken off.
     const T along = sum_lanes<T>(products) / static_cast<T>(rows.size);
-    for_vectors<S>(rows.size, [&](int64_t i, auto count) {
+    for_vectors<S>(rows.size, [&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vector<T> grad_unit =
           load<S>(grad + i, count) * load<S>(rows.norm_weight + i, count);
       const Vector<T> unit = load<S>(x + i, count) * rstd;
@@ -157,7 +157,7 @@ CALM_INLINE void swiglu_rows(const SwigluRows<S>& rows) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const S* gates = rows.gate_up + r * 2 * rows.size;
     S* product = rows.product + r * rows.size;
-    for_vectors<S>(rows.size, [&](int64_t i, auto count) {
+    for_vectors<S>(rows.size, [&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vector<T> gate = load<S>(gates + i, count);
       const Vector<T> up = load<S>(gates + rows.size + i, count);
       store<S>(product + i, gate / (T(1) + exponential_lanes(-gate)) * up, count);
@@ -172,7 +172,7 @@ CALM_INLINE void swiglu_backward_rows(const SwigluBackwardRows<S>& rows) {
     const S* gates = rows.gate_up + r * 2 * rows.size;
     S* product = rows.product + r * rows.size;
     S* grads = rows.grad_gate_up + r * 2 * rows.size;
-    for_vectors<S>(rows.size, [&](int64_t i, auto count) {
+    for_vectors<S>(rows.size, [&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vector<T> gate = load<S>(gates + i, count);
       const Vector<T> up = load<S>(gates + rows.size + i, count);
       const Vector<T> grad = load<S>(product + i, count);
