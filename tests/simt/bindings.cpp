@@ -14,6 +14,7 @@ namespace py = pybind11;
 
 void bind_energy_score(py::module_& m);
 void bind_temperature_sampling(py::module_& m);
+void bind_gated_ffn(py::module_& m);
 
 namespace {
 
@@ -90,6 +91,7 @@ PYBIND11_MODULE(calm_simt, m) {
   m.def("philox_normal", &philox<true>);
   bind_energy_score(m);
   bind_temperature_sampling(m);
+  bind_gated_ffn(m);
   m.def("self_test_sum", &self_test_sum);
   m.def("self_test_fault", &self_test_fault);
 }
