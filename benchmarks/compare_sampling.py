@@ -32,6 +32,9 @@ NUM_PROMPTS = 40
 """Held-out prompts to choose from."""
 
 DRAWS_TO_CHOOSE = 200
+COPIES_AT_ONCE = 2000
+"""Bounds the memory of keys and values, which every copy of the prompt has its own of."""
+
 NAMED = 10
 """Patches told apart in a distance."""
 
@@ -51,11 +54,17 @@ def continue_by_a_patch(
     model: EnergyTransformer, prompt: list[int], copies: int, seed: int, **how: object
 ) -> Sample:
     """The patches after ``copies`` copies of a prompt."""
-    patch_size = model.config.patch_size
-    ids = torch.tensor([prompt]).expand(copies, -1)
-    output = model.generate(ids, max_new_tokens=patch_size, seed=seed, **how)
-    patches = [tuple(output.new_tokens(row)) for row in range(copies)]
-    return Sample(patches, float(output.mean_draws.mean()), float(output.accepted.double().mean()))
+    patches: list[Patch] = []
+    draws = accepted = 0.0
+    for first in range(0, copies, COPIES_AT_ONCE):
+        ids = torch.tensor([prompt]).expand(min(COPIES_AT_ONCE, copies - first), -1)
+        output = model.generate(
+            ids, max_new_tokens=model.config.patch_size, seed=(seed << 32) + first, **how
+        )
+        patches += (tuple(output.new_tokens(row)) for row in range(len(ids)))
+        draws += float(output.mean_draws.sum())
+        accepted += float(output.accepted.sum())
+    return Sample(patches, draws / copies, accepted / copies)
 
 
 def shares(patches: list[Patch], named: list[Patch]) -> torch.Tensor:
