@@ -22,7 +22,6 @@ from calm_kernels.triton.linear_cross_entropy_backward import chunk_columns
 from calm_kernels.triton.linear_cross_entropy_backward import launch as launch_backward
 from calm_kernels.triton.linear_cross_entropy_forward import Rows, choose_tiles_per_split
 from calm_kernels.triton.linear_cross_entropy_forward import launch as launch_forward
-from calm_kernels.triton.linear_cross_entropy_instances import specializations
 from calm_kernels.triton.linear_cross_entropy_lists import Saved
 from calm_kernels.triton.linear_cross_entropy_tiles import (
     Operands,
@@ -31,13 +30,6 @@ from calm_kernels.triton.linear_cross_entropy_tiles import (
     device_properties,
     fits_descriptors,
 )
-
-__all__ = [
-    "linear_cross_entropy_reduced",
-    "linear_cross_entropy_rows",
-    "linear_cross_entropy_rows_backward",
-    "specializations",
-]
 
 
 def _served_here(hidden: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from calm_kernels.reference.linear_cross_entropy import CAPACITY
@@ -173,20 +174,24 @@ def _gradient(
 
 def specializations() -> list[Specialization]:
     """The instances that CALM's autoencoder uses, and the edges."""
+    by_threads = [
+        _split(" with lists, bias, H masked", "bf16", 516, True, True),
+        _residual(", bias, H masked", "bf16", 516, True),
+        _gradient(" with lists, bias, H masked", "bf16", 516, True, True),
+    ]
     return [
+        *by_threads,
+        *(dataclasses.replace(each, capability=80) for each in by_threads),
         _split(" with lists", "bf16", 512, True, False),
         _split("", "bf16", 512, False, False),
         _split(" with lists, bias", "fp16", 512, True, True),
-        _split(" with lists, bias, H masked", "bf16", 516, True, True),
         _split(" with lists, bias", "fp32", 512, True, True),
         _residual("", "bf16", 512, False),
         _residual(", bias", "fp16", 512, True),
-        _residual(", bias, H masked", "bf16", 516, True),
         _residual(", bias", "fp32", 512, True),
         _gradient(" with lists", "bf16", 512, True, False),
         _gradient("", "bf16", 512, False, False),
         _gradient(" with lists, 16-bit results, bias", "fp16", 512, True, True, "fp16"),
-        _gradient(" with lists, bias, H masked", "bf16", 516, True, True),
         _gradient(" with lists, bias", "fp32", 512, True, True),
         _instance(
             "join 2 splits",

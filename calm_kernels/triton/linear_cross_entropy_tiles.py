@@ -39,8 +39,8 @@ class Tiles:
 # one multiplies while the other takes its exponentials.
 BY_DESCRIPTORS = Tiles(128, 128, 64, num_warps=4, num_stages=3, programs=2, gradient_warps=8)
 # 16 bits, copied by threads (earlier parts, or rows that are not multiples of 16 bytes): addresses
-# take the registers of half of the accumulators. Three stages of 12 KiB fit every part.
-BY_THREADS = Tiles(128, 64, 32, num_warps=4, num_stages=3, programs=2, gradient_warps=4)
+# take registers, so accumulators get 32 a thread. Three stages of 12 KiB fit every part.
+BY_THREADS = Tiles(128, 64, 32, num_warps=8, num_stages=3, programs=1, gradient_warps=8)
 # float32 in plain multiply-adds: 16 accumulators a thread leave registers for both operands.
 FLOAT32 = Tiles(64, 64, 16, num_warps=8, num_stages=3, programs=1, gradient_warps=8)
 
