@@ -13,7 +13,8 @@ class LinearCrossEntropyLoss(nn.Module):
     Args:
         ignore_index: rows with this target count for nothing.
         reduction: ``"mean"`` over the rows that count, ``"sum"`` or ``"none"``.
-        drop_mass: how much of a row's probability its gradient may leave out; 0 is exact.
+        drop_mass: how much of a row's probability its gradient may leave out in training mode; 0
+            is exact, as gradients in evaluation mode always are.
         return_info: return (loss, :class:`~calm_kernels.ops.LinearCrossEntropyInfo`).
 
     See :func:`calm_kernels.linear_cross_entropy`.
@@ -43,7 +44,7 @@ class LinearCrossEntropyLoss(nn.Module):
             bias=bias,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
-            drop_mass=self.drop_mass,
+            drop_mass=self.drop_mass if self.training else 0.0,
             return_info=self.return_info,
         )
 
