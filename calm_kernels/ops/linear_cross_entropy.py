@@ -106,6 +106,7 @@ _rows_backward = define(
     "int ignore_index, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     reference=_autocast.disabled(reference.linear_cross_entropy_rows_backward),
     fake=_fake_rows_backward,
+    triton_module="calm_kernels.triton.linear_cross_entropy",
 )
 
 _rows = define(
@@ -117,6 +118,7 @@ _rows = define(
     fake=_fake_rows,
     backward=_backward_rows,
     setup_context=_setup_rows,
+    triton_module="calm_kernels.triton.linear_cross_entropy",
 )
 
 
@@ -179,6 +181,7 @@ _reduced = define(
     fake=_fake_reduced,
     backward=_backward_reduced,
     setup_context=_setup_reduced,
+    triton_module="calm_kernels.triton.linear_cross_entropy",
 )
 
 

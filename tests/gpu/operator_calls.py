@@ -129,6 +129,18 @@ def _head(draws: Draws) -> Arguments:
     }
 
 
+def _sure_head(draws: Draws, hidden_size: int) -> Arguments:
+    """From diffuse rows to sure ones, half of them right; more than one tile of rows."""
+    rows, vocab = 150, 1031
+    hidden = draws.normal(rows, hidden_size) * torch.linspace(0.3, 6.0, rows)[:, None]
+    weight = draws.normal(vocab, hidden_size)
+    target = draws.ids(vocab, rows)
+    target[::2] = (hidden @ weight.T).argmax(dim=1)[::2]
+    target[5::7] = -100
+    # So little may be dropped that it does not show among roundings.
+    return {"hidden": hidden, "weight": weight, "target": target, "drop_mass": 1e-6}
+
+
 def _exact_sample(table: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
     """Over a sampler whose draws are read off a table, so that every device sees the same."""
     position = 0
@@ -259,6 +271,24 @@ CALLS = (
         "linear_cross_entropy-none",
         ("linear_cross_entropy_rows", "linear_cross_entropy_rows_backward"),
         lambda draws: {**_head(draws), "reduction": "none"},
+        calm_kernels.linear_cross_entropy,
+        gradients=("hidden", "weight", "bias"),
+    ),
+    OperatorCall(
+        "linear_cross_entropy-sparse-mean",
+        ("linear_cross_entropy_reduced",),
+        lambda draws: _sure_head(draws, 64),
+        calm_kernels.linear_cross_entropy,
+        gradients=("hidden", "weight"),
+    ),
+    OperatorCall(
+        "linear_cross_entropy-sparse-none-odd_width",
+        ("linear_cross_entropy_rows", "linear_cross_entropy_rows_backward"),
+        lambda draws: {
+            **_sure_head(draws, 45),
+            "bias": draws.normal(1031),
+            "reduction": "none",
+        },
         calm_kernels.linear_cross_entropy,
         gradients=("hidden", "weight", "bias"),
     ),
