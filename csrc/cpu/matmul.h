@@ -7,14 +7,11 @@
 #include <memory>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/headeronly/core/DeviceType.h>
 
+#include "cpu/large_pages.h"
 #include "cpu/registration.h"
 
 namespace calm {
@@ -67,16 +64,6 @@ void for_tasks(int64_t count, const F& f) {
   torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
     if (begin < count) f(begin, std::min(end, count));
   });
-}
-
-// Asks for large pages: first touches of a 16 MiB result in 4 KiB pages cost milliseconds.
-inline void use_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // Uninitialised working memory on a 64-byte boundary.
