@@ -15,8 +15,8 @@ weights are rounded to them once, in place of the normed rows. float32 in plain 
 (``input_precision="ieee"``).
 
 Mapping: a program makes a tile of rows x columns; programs of the same rows are neighbours, so
-that rows come from memory once and weights, which fit the L2 cache, stay there. Gate and up tiles of
-the same columns lie in one program's registers. Edges: rows and columns past the end read the last
+that rows come from memory once and weights, which fit the L2 cache, stay there. Gate and up tiles
+of the same columns lie in one program's registers. Edges: rows and columns past the end read the last
 one again and are not stored; the inner dimension is masked.
 """
 
@@ -341,7 +341,7 @@ def down_with_residual(product: Tensor, weight: Tensor, x: Tensor, tiles: Tiles)
 def product_gradient(
     grad_out: Tensor, weight: Tensor, gate_up: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
-    """grad_out [R, H], weight [H, I], gate_up [R, 2 I] -> product [R, I], its gradients' [R, 2 I]."""
+    """grad_out [R, H], weight [H, I], gate_up [R, 2 I] -> product [R, I], grad_gate_up [R, 2 I]."""
     (num_rows, hidden_size), size = grad_out.shape, weight.shape[1]
     product = grad_out.new_empty((num_rows, size))
     grad_gate_up = torch.empty_like(gate_up)
@@ -423,11 +423,12 @@ def gated_ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the reference: gradients of x and, with ``weight_grads``, of the four weights."""
     if _not_for_triton(x):
+        grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         grads = torch.ops.calm_kernels.gated_ffn_backward.reference(
             grad_out,
             *(x, norm_weight, gate_weight, up_weight, down_weight, rstd, gate_up, weight_grads),
         )
-        return tuple(grads)  # type: ignore[return-value]
+        return grads
     grad_out, x, norm_weight = grad_out.contiguous(), x.contiguous(), norm_weight.contiguous()
     size = gate_weight.shape[0]
     with torch.cuda.device(x.device):

@@ -42,8 +42,10 @@ def composition(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor)
     return x + linear(silu(linear(normed, gate)) * linear(normed, up), down)
 
 
-def assert_as_close_as_plain(values: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
-    # Single draws round luckily on either side: a quarter of the dtype's rounding is allowed on top.
+def assert_as_close_as_plain(
+    values: list[Tensor], plain: list[Tensor], exact: list[Tensor]
+) -> None:
+    # Single draws round luckily on either side: a quarter of the dtype's rounding comes on top.
     for value, other, truth in zip(values, plain, exact, strict=True):
         assert value.dtype == other.dtype and value.shape == truth.shape
         slack = 0.25 * torch.finfo(value.dtype).eps * truth.norm()
