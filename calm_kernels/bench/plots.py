@@ -152,5 +152,5 @@ def _growth(rows: Sequence[Row], curve: Callable[[Row], float | None], axes: Any
     fixed = " ".join(f"{key}={value}" for key, value in rows[0].shape.items() if key != name)
     axes.set_title(f"{rows[0].workload} against {name}; {fixed} {rows[0].dtype}", fontsize=9)
     axes.grid(alpha=0.3)
-    if seen:
-        axes.legend(fontsize=7, framealpha=0.6)
+    if seen and curve is _memory:  # one legend for the pair of panels, beside them
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from calm_kernels.models.draws import draw_patches
 from calm_kernels.models.rollout import Rollout
 from calm_kernels.models.sequences import as_int_seed, seed_of_step
-from calm_kernels.ops.brier import brier_lm, brier_scores
+from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
 
 if TYPE_CHECKING:
     from calm_kernels.models.energy_transformer import EnergyTransformer
@@ -146,8 +146,9 @@ def chain_scores(
         float32 [B, m, 4]
     """
     patch_size = truth.shape[2]
-    hit_rates = (draws == truth).cumprod(dim=-1).float().mean(dim=0)
-    likelihood = together = torch.ones_like(hit_rates[:, :starts, 0])
+    hit_rates, pair_rates = _rates(draws, truth)
+    pair_rates = pair_rates[:, :starts]
+    likelihood = together = torch.ones_like(pair_rates[..., 0])
     current = draws[:, :, :starts]
     scores = []
     chain = math.ceil(NGRAMS / patch_size)
@@ -155,20 +156,19 @@ def chain_scores(
         width = min(patch_size, NGRAMS - j * patch_size)
         hits = hit_rates[:, j : j + starts]
         hit = likelihood.unsqueeze(-1) * hits[..., :width]
-        collision = together.unsqueeze(-1) * _coinciding_pairs(current)[..., :width]
+        collision = together.unsqueeze(-1) * pair_rates[..., :width]
         scores.append(2.0 * hit - collision)
         if j + 1 < chain:
             likelihood = likelihood * hits[..., -1]
             path = current[0]
             together = together * (current[1:] == path).all(dim=-1).float().mean(dim=0)
             current = follow(path)
+            pair_rates = _rates(current, path)[1]
     return torch.cat(scores, dim=-1)
 
 
-def _coinciding_pairs(draws: Tensor) -> Tensor:
-    """Share of pairs of draws that agree in their first 1..K tokens: [S, *, K] -> [*, K]."""
-    num_samples = draws.shape[0]
-    pairs = torch.zeros_like(draws[0])
-    for i in range(num_samples - 1):
-        pairs += (draws[i] == draws[i + 1 :]).cumprod(dim=-1).sum(dim=0)
-    return pairs.float() * (2.0 / (num_samples * (num_samples - 1)))
+def _rates(draws: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Rates of hits and of coinciding pairs: draws [S, B, m, K], truth [B, m, K] -> [B, m, K]."""
+    rates = brier_rates(draws.flatten(1, 2), truth.flatten(0, 1), max_ngram=truth.shape[-1])
+    hit_rates, pair_rates = (rate.unflatten(0, truth.shape[:-1]) for rate in rates)
+    return hit_rates, pair_rates

@@ -25,7 +25,7 @@ class TemperatureSampler(nn.Module):
         method: ``"batch"``, a vote among ``num_candidates`` draws (fixed cost, biased), or
             ``"exact"`` (exactly P_T, cost depends on the law).
         num_candidates: draws per sequence of the batch method.
-        round_size, max_draws: as :func:`calm_kernels.exact_temperature_sample`.
+        round_size, num_rounds, max_draws: as :func:`calm_kernels.exact_temperature_sample`.
 
     Raises:
         ValueError: unknown method. Everything else is checked by the call.
@@ -38,6 +38,7 @@ class TemperatureSampler(nn.Module):
         *,
         num_candidates: int = 200,
         round_size: int | None = None,
+        num_rounds: int | None = None,
         max_draws: int = DEFAULT_MAX_DRAWS,
     ) -> None:
         super().__init__()
@@ -47,6 +48,7 @@ class TemperatureSampler(nn.Module):
         self.method = method
         self.num_candidates = num_candidates
         self.round_size = round_size
+        self.num_rounds = num_rounds
         self.max_draws = max_draws
 
     def forward(
@@ -76,6 +78,7 @@ class TemperatureSampler(nn.Module):
                 batch_size,
                 self.temperature,
                 round_size=self.round_size,
+                num_rounds=self.num_rounds,
                 max_draws=self.max_draws,
                 seed=seed,
                 device=device,
@@ -93,4 +96,5 @@ class TemperatureSampler(nn.Module):
         text = f"temperature={self.temperature}, method={self.method!r}"
         if self.method == "batch":
             return f"{text}, num_candidates={self.num_candidates}"
-        return f"{text}, round_size={self.round_size}, max_draws={self.max_draws}"
+        rounds = f"round_size={self.round_size}, num_rounds={self.num_rounds}"
+        return f"{text}, {rounds}, max_draws={self.max_draws}"

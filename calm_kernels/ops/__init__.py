@@ -1,10 +1,14 @@
 """The operators: contract, checks, dispatch. Importing this package defines their schemas."""
 
-from calm_kernels.ops.brier import brier_lm, brier_scores
+from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
 from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
 from calm_kernels.ops.gated_ffn import gated_ffn
 from calm_kernels.ops.linear_argmax import linear_argmax
-from calm_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from calm_kernels.ops.linear_argmax_parallel import vocabulary_parallel_linear_argmax
+from calm_kernels.ops.linear_cross_entropy import LinearCrossEntropyInfo, linear_cross_entropy
+from calm_kernels.ops.linear_cross_entropy_parallel import (
+    vocabulary_parallel_linear_cross_entropy,
+)
 from calm_kernels.ops.patch_codec import (
     embed_flatten,
     expand_patches,
@@ -20,8 +24,10 @@ from calm_kernels.ops.temperature_sampling import (
 )
 
 __all__ = [
+    "LinearCrossEntropyInfo",
     "batch_temperature_sample",
     "brier_lm",
+    "brier_rates",
     "brier_scores",
     "embed_flatten",
     "energy_score",
@@ -37,4 +43,6 @@ __all__ = [
     "philox_uniform",
     "squeeze_patches",
     "squeezed_tables",
+    "vocabulary_parallel_linear_argmax",
+    "vocabulary_parallel_linear_cross_entropy",
 ]

@@ -25,6 +25,25 @@ _brier_scores = define(
 )
 
 
+_brier_rates = define(
+    "brier_rates",
+    "(Tensor samples, Tensor target, int max_ngram) -> (Tensor hit_rates, Tensor pair_rates)",
+    reference=reference.brier_rates,
+    fake=lambda *inputs: (_fake(*inputs), _fake(*inputs)),
+)
+
+
+def _check(samples: Tensor, target: Tensor, max_ngram: int) -> torch.device:
+    _checks.tensor("samples", samples, _checks.INTEGER_DTYPES, ("S", "P", "K"))
+    _checks.tensor("target", target, _checks.INTEGER_DTYPES, samples.shape[1:])
+    _checks.same_dtype(samples=samples, target=target)
+    device = _checks.same_device(samples=samples, target=target)
+    _checks.at_least("samples.shape[0]", samples.shape[0], 2, " draws (a pair is needed)")
+    _checks.at_least("samples.shape[2]", samples.shape[2], 1, " token per patch")
+    _checks.in_range("max_ngram", max_ngram, 1, MAX_NGRAM)
+    return device
+
+
 def brier_scores(samples: Tensor, target: Tensor, *, max_ngram: int = 4) -> Tensor:
     """Unbiased Brier-1..n of each position, from S draws of the model.
 
@@ -45,15 +64,37 @@ def brier_scores(samples: Tensor, target: Tensor, *, max_ngram: int = 4) -> Tens
 
     Source: arXiv 2510.27688, section 4 (two draws); the U-statistic is this package's.
     """
-    _checks.tensor("samples", samples, _checks.INTEGER_DTYPES, ("S", "P", "K"))
-    _checks.tensor("target", target, _checks.INTEGER_DTYPES, samples.shape[1:])
-    _checks.same_dtype(samples=samples, target=target)
-    device = _checks.same_device(samples=samples, target=target)
-    _checks.at_least("samples.shape[0]", samples.shape[0], 2, " draws (a pair is needed)")
-    _checks.at_least("samples.shape[2]", samples.shape[2], 1, " token per patch")
-    _checks.in_range("max_ngram", max_ngram, 1, MAX_NGRAM)
+    device = _check(samples, target, max_ngram)
     result: Tensor = _brier_scores(device, samples, target, max_ngram)
     return result
+
+
+def brier_rates(samples: Tensor, target: Tensor, *, max_ngram: int = 4) -> tuple[Tensor, Tensor]:
+    """The two halves of the U-statistic: how often draws are right, and how often they coincide.
+
+    Unbiased for P(y) and sum_x P(x)^2 of the first n tokens; Brier-n is 2 hit_rates - pair_rates.
+    An n-gram that runs over several patches takes products of such rates along its path, so it
+    needs them one by one.
+
+    Args:
+        samples: token ids, int64 or int32 [S, P, K]: S >= 2 independent draws for P patches.
+        target: the true token ids, same dtype and device, [P, K].
+        max_ngram: longest prefix, 1 to 64.
+
+    Returns:
+        hit_rates: share of the draws whose first n tokens are the target's; float32
+            [P, min(K, max_ngram)].
+        pair_rates: share of the S(S-1)/2 pairs that agree in their first n tokens, same shape.
+        No gradient.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: wrong shape, fewer than two draws, devices differ.
+
+    Source: arXiv 2510.27688, section 4; the U-statistic is this package's.
+    """
+    device = _check(samples, target, max_ngram)
+    hit_rates, pair_rates = _brier_rates(device, samples, target, max_ngram)
+    return hit_rates, pair_rates
 
 
 def brier_lm(scores: Tensor) -> Tensor:

@@ -54,7 +54,10 @@ def _backward(ctx: Any, grad_score: Tensor | None, *_: None) -> tuple[Tensor | N
                 f"energy_score: the gradient of tensor argument {i} was not requested from the "
                 f"forward pass; set its needs_* argument"
             )
-        result = (gradient * grad_score.unsqueeze(-1)).to(source.dtype)
+        # Straight into the gradient's dtype: a GPU then makes no float32 copy of 16-bit gradients.
+        result = torch.empty_like(gradient)
+        with torch.no_grad():
+            torch.mul(gradient, grad_score.unsqueeze(-1), out=result)
         if torch.is_grad_enabled():
             result = _FirstDerivative.apply(result, grad_score, *inputs)  # type: ignore[no-untyped-call]
         results[i] = result

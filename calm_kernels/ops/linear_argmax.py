@@ -1,4 +1,4 @@
-"""The most likely token of each row without its logits."""
+"""The most likely token of each row without storing its logits."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ def linear_argmax(
         int64 [*]. Logits are accumulated and compared in float32 (float64 for float64 inputs); a
         tie goes to the lowest index, and the first NaN of a row wins, as in ``torch.argmax``.
         With ``return_max`` a pair of that and the logit chosen, [*] float32 (float64).
-        No gradient. Temporary memory is a tile of logits, whatever the number of rows and V.
+        No gradient. Temporary memory is a tile of logits (one a thread on CPUs, registers on GPUs),
+        whatever the number of rows and V.
 
+    Any H is served; on GPUs, 16-bit operands whose H is no multiple of 8 are read slowly.
     Autocast: the inputs are cast to the autocast dtype.
 
     Raises:

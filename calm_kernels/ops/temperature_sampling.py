@@ -88,7 +88,6 @@ def _exponent(
                 f"temperature: expected 0 < T <= 1 everywhere; got {temperature.tolist()}; "
                 "drawing from P itself is T = 1"
             )
-        b, tolerance = 1.0 / temperature.double(), _INTEGER_TOLERANCE[temperature.dtype]
     else:
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
             raise TypeError(
@@ -100,11 +99,14 @@ def _exponent(
                 f"temperature: expected 0 < T <= 1; got {temperature}; "
                 "drawing from P itself is T = 1"
             )
-        b = 1.0 / torch.full((batch_size,), temperature, dtype=torch.float64, device=device)
-        tolerance = _INTEGER_TOLERANCE[torch.float64]
-    b = b.clamp_max(_LARGEST_EXPONENT)
-    nearest = b.round()
-    return torch.where((b - nearest).abs() <= tolerance * b, nearest, b)
+        b = min(1.0 / temperature, _LARGEST_EXPONENT)
+        nearest = round(b)
+        b = nearest if abs(b - nearest) <= _INTEGER_TOLERANCE[torch.float64] * b else b
+        return torch.full((batch_size,), b, dtype=torch.float64, device=device)
+    exponent = (1.0 / temperature.double()).clamp_max(_LARGEST_EXPONENT)
+    whole = exponent.round()
+    tolerance = _INTEGER_TOLERANCE[temperature.dtype]
+    return torch.where((exponent - whole).abs() <= tolerance * exponent, whole, exponent)
 
 
 @overload
@@ -202,6 +204,7 @@ def exact_temperature_sample(
     temperature: float | Tensor,
     *,
     round_size: int | None = None,
+    num_rounds: int | None = None,
     max_draws: int = DEFAULT_MAX_DRAWS,
     seed: int | Tensor | None = None,
     rows: Tensor | None = None,
@@ -224,6 +227,11 @@ def exact_temperature_sample(
         temperature: T in (0, 1], or a float32 or float64 tensor [B].
         round_size: draws per sequence and call. None starts with ceil(1/T), the fewest that can be
             accepted, and doubles up to 256.
+        num_rounds: exactly so many rounds of ``round_size`` draws for all sequences, accepted or
+            not, without looking at results in between: no host synchronisation on ``device``, so
+            that it can be captured in a CUDA graph if ``draw`` can (values of a temperature tensor
+            are then checked on the CPU only). None: rounds until all have accepted or spent their
+            budget, for the sequences that still wait.
         max_draws: draws a sequence may consume.
         seed: int, int64 tensor of one element, or None to draw one from torch's generator.
         rows: row of the random stream for each sequence, int64 [B]; default 0..B-1.
@@ -242,7 +250,8 @@ def exact_temperature_sample(
 
     Raises:
         TypeError: wrong dtype or type, also of what ``draw`` returns. ValueError: wrong shape,
-            T outside (0, 1], ``max_draws`` below ceil(1/T), devices differ.
+            T outside (0, 1], ``max_draws`` below ceil(1/T), ``num_rounds`` without ``round_size``,
+            devices differ.
 
     Source: arXiv 2510.27688, Algorithm 1, with attempts ended at the first draw that differs.
     """
@@ -252,49 +261,96 @@ def exact_temperature_sample(
     _checks.at_least("max_draws", max_draws, 1)
     if round_size is not None:
         _checks.at_least("round_size", round_size, 1)
+    if num_rounds is not None:
+        _checks.at_least("num_rounds", num_rounds, 1)
+        if round_size is None:
+            raise ValueError("round_size: expected a number of draws with num_rounds; got None")
     if device is None:
         given = next((t for t in (temperature, seed) if isinstance(t, Tensor)), None)
         device = torch.device("cpu") if given is None else given.device
     device = torch.device(device)
 
-    b = _exponent(temperature, batch_size, device, check_values=True)
-    seed = _checks.seed_tensor(seed, device)
+    values_at_hand = num_rounds is None or device.type == "cpu"
+    b = _exponent(temperature, batch_size, device, check_values=values_at_hand)
     rows = _stream_rows(rows, batch_size, device)
-    num_equal = b.floor().to(torch.int64)
-    fraction = b - b.floor()
-    fewest = int(b.max().ceil()) if batch_size > 0 else 1
+    fewest = int(b.max().ceil()) if batch_size > 0 and values_at_hand else 1
     _checks.at_least("max_draws", max_draws, fewest, " = ceil(1/T), or none can be accepted")
-    count = min(fewest, LARGEST_AUTOMATIC_ROUND) if round_size is None else round_size
+    run = _Rounds(draw, b, rows, _checks.seed_tensor(seed, device), max_draws)
+    if num_rounds is not None and round_size is not None:
+        return run.fixed(num_rounds, round_size)
+    first = min(fewest, LARGEST_AUTOMATIC_ROUND) if round_size is None else round_size
+    return run.until_accepted(first, LARGEST_AUTOMATIC_ROUND if round_size is None else round_size)
 
-    active = torch.arange(batch_size, device=device)
-    progress = reference.exact_temperature_start(batch_size, device)
-    final_progress = progress.clone()
-    candidate = tokens = draws = None
-    num_drawn = 0
-    while True:
-        count = min(count, max_draws - num_drawn)
-        draws = _checked_draws(draw(active, count), active.shape[0], count, draws)
-        if draws.device != device:
+
+class _Rounds:
+    """Rounds of draws for sequences with exponents ``b`` = 1/T, float64 [B].
+
+    Rounds hand on draws [A, count, K] to the operator, which advances one state a sequence.
+    """
+
+    def __init__(self, draw: Draw, b: Tensor, rows: Tensor, seed: Tensor, max_draws: int) -> None:
+        self._draw = draw
+        self._num_equal = b.floor().to(torch.int64)
+        self._fraction = b - b.floor()
+        self._rows = rows
+        self._seed = seed
+        self._max_draws = max_draws
+        self._all = torch.arange(b.shape[0], device=b.device)
+        self._first: Tensor | None = None
+
+    def fixed(self, num_rounds: int, round_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``num_rounds`` rounds for all sequences; nothing is read back."""
+        candidate: Tensor | None = None
+        progress = reference.exact_temperature_start(len(self._all), self._all.device)
+        for _ in range(num_rounds):
+            candidate, progress = self._round(self._all, round_size, candidate, progress)
+        assert candidate is not None
+        accepted = progress[:, Progress.ACCEPTED] > 0
+        tokens = candidate.where(accepted.unsqueeze(1), UNACCEPTED_TOKEN)
+        return tokens, progress[:, Progress.NUM_DRAWS].clone(), accepted
+
+    def until_accepted(self, count: int, largest: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rounds of ``count`` draws, doubling up to ``largest``, for those that still wait."""
+        active = self._all
+        progress = reference.exact_temperature_start(len(active), active.device)
+        final_progress = progress.clone()
+        candidate = tokens = None
+        num_drawn = 0
+        while True:
+            count = min(count, self._max_draws - num_drawn)
+            candidate, progress = self._round(active, count, candidate, progress)
+            if tokens is None:
+                tokens = torch.full_like(candidate, UNACCEPTED_TOKEN)
+            num_drawn += count
+            final_progress[active] = progress
+            accepted = progress[:, Progress.ACCEPTED] > 0
+            tokens[active[accepted]] = candidate[accepted]
+            waiting = (~accepted).nonzero().squeeze(1)
+            if waiting.numel() == 0 or num_drawn == self._max_draws:
+                break
+            active, candidate, progress = active[waiting], candidate[waiting], progress[waiting]
+            count = min(2 * count, largest)
+        num_draws = final_progress[:, Progress.NUM_DRAWS].clone()
+        return tokens, num_draws, final_progress[:, Progress.ACCEPTED] > 0
+
+    def _round(
+        self, active: Tensor, count: int, candidate: Tensor | None, progress: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw for some sequences and advance them: candidates [A, K] and progress [A, columns]."""
+        draws = _checked_draws(self._draw(active, count), active.shape[0], count, self._first)
+        if draws.device != active.device:
             raise ValueError(
-                f"result of draw: expected device {device}; got {draws.device}; "
+                f"result of draw: expected device {active.device}; got {draws.device}; "
                 "pass device= to exact_temperature_sample"
             )
-        if candidate is None or tokens is None:
-            tokens = draws.new_full((batch_size, draws.shape[2]), UNACCEPTED_TOKEN)
-            candidate = tokens
-        candidate, progress = _exact_temperature_step(
-            device, draws, candidate, progress, num_equal, fraction, rows[active], seed, max_draws
+        if self._first is None:
+            self._first = draws
+        if candidate is None:
+            candidate = draws.new_full((active.shape[0], draws.shape[2]), UNACCEPTED_TOKEN)
+        laws = [self._num_equal, self._fraction, self._rows]
+        if active is not self._all:
+            laws = [law[active] for law in laws]
+        result: tuple[Tensor, Tensor] = _exact_temperature_step(
+            active.device, draws, candidate, progress, *laws, self._seed, self._max_draws
         )
-        num_drawn += count
-        final_progress[active] = progress
-        accepted = progress[:, Progress.ACCEPTED] > 0
-        tokens[active[accepted]] = candidate[accepted]
-        waiting = (~accepted).nonzero().squeeze(1)
-        if waiting.numel() == 0 or num_drawn == max_draws:
-            break
-        active, candidate, progress = active[waiting], candidate[waiting], progress[waiting]
-        num_equal, fraction = num_equal[waiting], fraction[waiting]
-        if round_size is None:
-            count = min(2 * count, LARGEST_AUTOMATIC_ROUND)
-    num_draws = final_progress[:, Progress.NUM_DRAWS].clone()
-    return tokens, num_draws, final_progress[:, Progress.ACCEPTED] > 0
+        return result

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -78,14 +79,21 @@ class Resources:
         return found
 
 
+def kernel_modules() -> list[ModuleType]:
+    """The modules of this folder that have kernels, imported, in the order of their names."""
+    folder = str(Path(__file__).parent)
+    names = sorted(info.name for info in pkgutil.iter_modules([folder]))
+    modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
+    return [
+        each for each in modules if hasattr(each, "specializations") and each.__name__ != __name__
+    ]
+
+
 def specializations() -> list[Specialization]:
-    """The instances of every module of ``calm_kernels.triton``, in the order of module names."""
-    found: list[Specialization] = []
-    names_here = sorted(info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    for name in names_here:
-        module = importlib.import_module(f"{__package__}.{name}")
-        if module.__name__ != __name__ and hasattr(module, "specializations"):
-            found += module.specializations()
+    """The instances of every module."""
+    found: list[Specialization] = [
+        instance for module in kernel_modules() for instance in module.specializations()
+    ]
     names = [(each.name, each.capability) for each in found]
     if len(set(names)) != len(names):
         raise ValueError(f"specializations: two share a name: {sorted(names)}")

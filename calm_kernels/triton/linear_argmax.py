@@ -94,7 +94,7 @@ def _best(values, indices, axis: tl.constexpr):
     return best, tl.min(tl.where(chosen, indices, _NO_COLUMN), axis=axis)
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles_per_split"])
+@triton.jit(do_not_specialize=["num_rows", "vocab_size", "tiles_per_split"])
 def linear_argmax_kernel(
     hidden,  # [R, H]: pointer or descriptor
     weight,  # [V, H]: pointer or descriptor
@@ -103,9 +103,9 @@ def linear_argmax_kernel(
     best_index,  # [splits, R] int64
     num_rows,
     vocab_size,
-    weight_stride,
     tiles_per_split,
     HIDDEN_SIZE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -137,7 +137,7 @@ def linear_argmax_kernel(
                 logits = tl.dot(h, w.T, logits, input_precision="ieee")
         else:
             columns = tl.minimum(tile * COLUMNS + tl.arange(0, COLUMNS), vocab_size - 1)
-            weight_pointers = weight + columns[None, :].to(tl.int64) * weight_stride
+            weight_pointers = weight + columns[None, :].to(tl.int64) * WEIGHT_STRIDE
             weight_pointers += inner[:, None]
             for k in range(0, HIDDEN_SIZE, INNER):
                 if HIDDEN_SIZE % INNER == 0:
@@ -253,9 +253,9 @@ def launch(
         index,
         num_rows,
         vocab_size,
-        weight.stride(0),
         tiles_per_split,
         HIDDEN_SIZE=hidden_size,
+        WEIGHT_STRIDE=weight.stride(0),
         HAS_BIAS=bias is not None,
         DESCRIPTORS=descriptors,
         **tiles.constants,
@@ -333,6 +333,7 @@ def _instance(
 
     constants = {
         "HIDDEN_SIZE": hidden_size,
+        "WEIGHT_STRIDE": hidden_size,
         "HAS_BIAS": has_bias,
         "DESCRIPTORS": descriptors,
         **tiles.constants,
@@ -345,7 +346,6 @@ def _instance(
         "best_index": "*i64",
         "num_rows": "i32",
         "vocab_size": "i32",
-        "weight_stride": "i32",
         "tiles_per_split": "i32",
         **dict.fromkeys(constants, "constexpr"),
     }
@@ -355,7 +355,7 @@ def _instance(
         linear_argmax_kernel,
         signature,
         constants,
-        (*pointers, "bias", "best_value", "best_index", "weight_stride"),
+        (*pointers, "bias", "best_value", "best_index"),
         tiles.num_warps,
         tiles.num_stages,
         tensor_cores=dtype != "fp32",

@@ -7,8 +7,8 @@
 
 namespace calm {
 
-// Sizes of a brier_scores problem. samples [num_samples, num_positions, patch_size], contiguous;
-// target [num_positions, patch_size]; scores [num_positions, num_ngrams].
+// Sizes of a problem. samples [num_samples, num_positions, patch_size], contiguous;
+// target [num_positions, patch_size]; results [num_positions, num_ngrams].
 struct BrierShape {
   int64_t num_samples;
   int64_t num_positions;
@@ -23,5 +23,22 @@ CALM_HOST_DEVICE inline float brier_score(int64_t hits, int64_t pairs, int64_t n
                             static_cast<double>(pairs) *
                                 (scale / static_cast<double>(num_samples - 1)));
 }
+
+// Where the results go: scores, or the two rates that a score is made of.
+struct BrierResults {
+  float* scores;      // null: rates are wanted
+  float* hit_rates;   // #{x_i = y} / S
+  float* pair_rates;  // #{i<j: x_i = x_j} / (S(S-1)/2)
+
+  CALM_HOST_DEVICE void write(int64_t at, int64_t hits, int64_t pairs, int64_t num_samples) const {
+    if (scores != nullptr) {
+      scores[at] = brier_score(hits, pairs, num_samples);
+      return;
+    }
+    const double count = static_cast<double>(num_samples);
+    hit_rates[at] = static_cast<float>(static_cast<double>(hits) / count);
+    pair_rates[at] = static_cast<float>(static_cast<double>(2 * pairs) / (count * (count - 1.0)));
+  }
+};
 
 }  // namespace calm

@@ -90,8 +90,6 @@ CALM_HOST_DEVICE inline float square_root(float x) { return sqrtf(x); }
 CALM_HOST_DEVICE inline double square_root(double x) { return sqrt(x); }
 CALM_HOST_DEVICE inline float exponential(float x) { return expf(x); }
 CALM_HOST_DEVICE inline double exponential(double x) { return exp(x); }
-CALM_HOST_DEVICE inline float logarithm(float x) { return logf(x); }
-CALM_HOST_DEVICE inline double logarithm(double x) { return log(x); }
 CALM_HOST_DEVICE inline float log_one_plus(float x) { return log1pf(x); }
 CALM_HOST_DEVICE inline double log_one_plus(double x) { return log1p(x); }
 CALM_HOST_DEVICE inline float absolute(float x) { return fabsf(x); }

@@ -1,4 +1,4 @@
-// Brier U-statistic of S draws for P positions, on CPUs.
+// Brier U-statistic of S draws for P positions, and its two rates, on CPUs.
 //
 // Work: a position compares its S(S-1)/2 pairs and S (draw, target) pairs; a comparison stops at
 // the first token that differs, so a typical one reads two tokens. Fewest bytes: samples and target
@@ -7,6 +7,7 @@
 
 #include "common/brier.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/registration.h"
@@ -25,8 +26,8 @@ inline int64_t common_prefix(const Id* a, const Id* b, int64_t length) {
 }
 
 template <typename Id>
-void score_positions(const Id* samples, const Id* target, float* scores, const BrierShape& shape,
-                     int64_t begin, int64_t end) {
+void score_positions(const Id* samples, const Id* target, const BrierResults& results,
+                     const BrierShape& shape, int64_t begin, int64_t end) {
   const int64_t stride = shape.num_positions * shape.patch_size;
   // prefixes[n] counts comparisons that agree in exactly n tokens; suffix sums give "at least n".
   std::vector<int64_t> hit_prefixes(shape.num_ngrams + 1);
@@ -48,35 +49,53 @@ void score_positions(const Id* samples, const Id* target, float* scores, const B
     for (int64_t n = shape.num_ngrams; n >= 1; --n) {
       hits += hit_prefixes[n];
       pairs += pair_prefixes[n];
-      scores[p * shape.num_ngrams + n - 1] = brier_score(hits, pairs, shape.num_samples);
+      results.write(p * shape.num_ngrams + n - 1, hits, pairs, shape.num_samples);
     }
   }
 }
 
-template <typename Id>
-void run(const Tensor& samples, const Tensor& target, Tensor& scores, const BrierShape& shape) {
-  const Id* sample_ids = samples.const_data_ptr<Id>();
-  const Id* target_ids = target.const_data_ptr<Id>();
-  float* out = scores.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, shape.num_positions, kGrain, [&](int64_t begin, int64_t end) {
-    score_positions(sample_ids, target_ids, out, shape, begin, end);
-  });
+BrierShape shape_of(const Tensor& samples, int64_t max_ngram) {
+  const int64_t patch_size = samples.size(2);
+  return {samples.size(0), samples.size(1), patch_size, std::min(patch_size, max_ngram)};
 }
 
-Tensor brier_scores(const Tensor& samples_in, const Tensor& target_in, int64_t max_ngram) {
+Tensor empty_results(const Tensor& samples, const BrierShape& shape) {
+  return torch::stable::new_empty(samples, {shape.num_positions, shape.num_ngrams},
+                                  ScalarType::Float);
+}
+
+void run(const Tensor& samples_in, const Tensor& target_in, const BrierResults& results,
+         const BrierShape& shape) {
   const Tensor samples = torch::stable::contiguous(samples_in);
   const Tensor target = torch::stable::contiguous(target_in);
-  const int64_t patch_size = samples.size(2);
-  const BrierShape shape{samples.size(0), samples.size(1), patch_size,
-                         patch_size < max_ngram ? patch_size : max_ngram};
-  Tensor scores =
-      torch::stable::new_empty(samples, {shape.num_positions, shape.num_ngrams}, ScalarType::Float);
+  const auto score = [&]<typename Id>(const Id* sample_ids) {
+    const Id* target_ids = target.const_data_ptr<Id>();
+    torch::stable::parallel_for(0, shape.num_positions, kGrain, [&](int64_t begin, int64_t end) {
+      score_positions(sample_ids, target_ids, results, shape, begin, end);
+    });
+  };
   if (samples.scalar_type() == ScalarType::Long) {
-    run<int64_t>(samples, target, scores, shape);
+    score(samples.const_data_ptr<int64_t>());
   } else {
-    run<int32_t>(samples, target, scores, shape);
+    score(samples.const_data_ptr<int32_t>());
   }
+}
+
+Tensor brier_scores(const Tensor& samples, const Tensor& target, int64_t max_ngram) {
+  const BrierShape shape = shape_of(samples, max_ngram);
+  Tensor scores = empty_results(samples, shape);
+  run(samples, target, {scores.mutable_data_ptr<float>(), nullptr, nullptr}, shape);
   return scores;
+}
+
+std::tuple<Tensor, Tensor> brier_rates(const Tensor& samples, const Tensor& target,
+                                       int64_t max_ngram) {
+  const BrierShape shape = shape_of(samples, max_ngram);
+  Tensor hits = empty_results(samples, shape);
+  Tensor pairs = empty_results(samples, shape);
+  run(samples, target, {nullptr, hits.mutable_data_ptr<float>(), pairs.mutable_data_ptr<float>()},
+      shape);
+  return {hits, pairs};
 }
 
 }  // namespace
@@ -84,4 +103,5 @@ Tensor brier_scores(const Tensor& samples_in, const Tensor& target_in, int64_t m
 
 STABLE_TORCH_LIBRARY_IMPL(calm_kernels, CPU, m) {
   m.impl("brier_scores", TORCH_BOX(&calm::brier_scores));
+  m.impl("brier_rates", TORCH_BOX(&calm::brier_rates));
 }

@@ -18,14 +18,15 @@
 
 #include "cpu/gated_ffn_rows.h"
 #include "cpu/large_pages.h"
-#include "cpu/matmul.h"
+#include "cpu/matmul_into.h"
 #include "cpu/registration.h"
 
 namespace calm {
 namespace {
 
-// Rows of a block: 18 MB of activations at H = 512, I = 1280 in float32. Of 256, 512, 1024, 2048 and
-// all 4096 rows measured at 2 threads, 1024 and 2048 were fastest; every thread needs its share.
+// Rows of a block: 18 MB of activations at H = 512, I = 1280 in float32. Of 256, 512, 1024, 2048
+// and all 4096 rows measured at 2 threads, 1024 and 2048 were fastest; every thread needs its
+// share.
 constexpr int64_t kBlockRows = 1024;
 constexpr int64_t kBlockRowsPerThread = 256;
 // Rows that one task of the pool takes: some 10 microseconds of work.
@@ -127,15 +128,13 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
   const bool kept = gate_up.size(0) == num_rows;
   const int64_t block =
       std::min(num_rows, weight_grads && !accumulates(x) ? num_rows : block_rows());
-  Tensor normed =
-      torch::stable::new_empty(x, {weight_grads || !kept ? block : 0, hidden_size});
+  Tensor normed = torch::stable::new_empty(x, {weight_grads || !kept ? block : 0, hidden_size});
   Tensor product = torch::stable::new_empty(x, {block, size});
   Tensor grad_gate_up = torch::stable::new_empty(x, {block, 2 * size});
   Tensor again = torch::stable::new_empty(x, {kept ? 0 : block, 2 * size});
   // A row of partial sums for every task.
   const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
-  Tensor partial =
-      torch::stable::new_zeros(x, {num_tasks, hidden_size}, compute_type(x));
+  Tensor partial = torch::stable::new_zeros(x, {num_tasks, hidden_size}, compute_type(x));
   const S* norm_weight = weights.norm.const_data_ptr<S>();
   const T* rstds = rstd.const_data_ptr<T>();
   for (int64_t start = 0; start < num_rows; start += block) {
@@ -214,10 +213,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& n
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, compute_type(x));
   Tensor gate_up =
       torch::stable::new_empty(x, {save_activations ? num_rows : 0, 2 * weights.size()});
-  prefer_large_pages(gate_up);
+  use_large_pages(gate_up);
   if (num_rows == 0) return {out, rstd, gate_up};
-  dispatch(x.scalar_type(),
-           [&]<typename S>() { forward<S>(x, weights, eps, out, rstd, gate_up); });
+  dispatch(x.scalar_type(), [&]<typename S>() { forward<S>(x, weights, eps, out, rstd, gate_up); });
   return {out, rstd, gate_up};
 }
 
@@ -238,9 +236,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ffn_backward(
     if (!weight_grads) return torch::stable::new_empty(x, {0});
     return num_rows == 0 ? torch::stable::new_zeros(x, shape) : torch::stable::new_empty(x, shape);
   };
-  Gradients gradients{torch::stable::new_empty(x, {num_rows, hidden_size}),
-                      gradient({hidden_size}), gradient({size, hidden_size}),
-                      gradient({size, hidden_size}), gradient({hidden_size, size})};
+  Gradients gradients{torch::stable::new_empty(x, {num_rows, hidden_size}), gradient({hidden_size}),
+                      gradient({size, hidden_size}), gradient({size, hidden_size}),
+                      gradient({hidden_size, size})};
   if (num_rows != 0) {
     dispatch(x.scalar_type(), [&]<typename S>() {
       backward<S>(grad_out, x, weights, rstd, gate_up, weight_grads, gradients);

@@ -143,8 +143,7 @@ CALM_INLINE void rms_norm_backward_rows(const RmsNormBackwardRows<S>& rows) {
     // Scaling x leaves the unit vector unchanged: the component along it is taken off.
     const T along = sum_lanes<T>(products) / static_cast<T>(rows.size);
     for_vectors<S>(rows.size, [&](int64_t i, auto count) __attribute__((always_inline)) {
-      const Vector<T> grad_unit =
-          load<S>(grad + i, count) * load<S>(rows.norm_weight + i, count);
+      const Vector<T> grad_unit = load<S>(grad + i, count) * load<S>(rows.norm_weight + i, count);
       const Vector<T> unit = load<S>(x + i, count) * rstd;
       store<S>(grad + i, (grad_unit - unit * along) * rstd + load<S>(grad_out + i, count), count);
     });
@@ -189,26 +188,26 @@ CALM_INLINE void swiglu_backward_rows(const SwigluBackwardRows<S>& rows) {
 }  // namespace
 
 // One clone a dtype and instruction set: attributes do not reach the instances of a template.
-#define CALM_GATED_FFN_ROWS(S)                                                                 \
-  template <>                                                                                  \
-  CALM_MULTIVERSION void rms_norm<S>(const RmsNormRows<S>& rows) {                             \
-    rms_norm_rows(rows);                                                                       \
-  }                                                                                            \
-  template <>                                                                                  \
-  CALM_MULTIVERSION void rms_norm_again<S>(const RmsNormAgainRows<S>& rows) {                  \
-    rms_norm_again_rows(rows);                                                                 \
-  }                                                                                            \
-  template <>                                                                                  \
-  CALM_MULTIVERSION void rms_norm_backward<S>(const RmsNormBackwardRows<S>& rows) {            \
-    rms_norm_backward_rows(rows);                                                              \
-  }                                                                                            \
-  template <>                                                                                  \
-  CALM_MULTIVERSION void swiglu<S>(const SwigluRows<S>& rows) {                                \
-    swiglu_rows(rows);                                                                         \
-  }                                                                                            \
-  template <>                                                                                  \
-  CALM_MULTIVERSION void swiglu_backward<S>(const SwigluBackwardRows<S>& rows) {               \
-    swiglu_backward_rows(rows);                                                                \
+#define CALM_GATED_FFN_ROWS(S)                                                      \
+  template <>                                                                       \
+  CALM_MULTIVERSION void rms_norm<S>(const RmsNormRows<S>& rows) {                  \
+    rms_norm_rows(rows);                                                            \
+  }                                                                                 \
+  template <>                                                                       \
+  CALM_MULTIVERSION void rms_norm_again<S>(const RmsNormAgainRows<S>& rows) {       \
+    rms_norm_again_rows(rows);                                                      \
+  }                                                                                 \
+  template <>                                                                       \
+  CALM_MULTIVERSION void rms_norm_backward<S>(const RmsNormBackwardRows<S>& rows) { \
+    rms_norm_backward_rows(rows);                                                   \
+  }                                                                                 \
+  template <>                                                                       \
+  CALM_MULTIVERSION void swiglu<S>(const SwigluRows<S>& rows) {                     \
+    swiglu_rows(rows);                                                              \
+  }                                                                                 \
+  template <>                                                                       \
+  CALM_MULTIVERSION void swiglu_backward<S>(const SwigluBackwardRows<S>& rows) {    \
+    swiglu_backward_rows(rows);                                                     \
   }
 
 CALM_GATED_FFN_ROWS(float)

@@ -32,7 +32,7 @@ __device__ inline void decode_pair(int64_t q, int64_t& i, int64_t& j) {
 template <typename Id>
 __global__ void __launch_bounds__(kBrierWarpsPerBlock * 32)
     brier_kernel(const Id* __restrict__ samples, const Id* __restrict__ target,
-                 float* __restrict__ scores, const BrierShape shape) {
+                 const BrierResults results, const BrierShape shape) {
   CALM_DYNAMIC_SHARED_ARRAY(int64_t, counts);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kBrierWarpsPerBlock * 32)
     }
     __syncwarp();
     for (int64_t n = lane; n < shape.num_ngrams; n += 32) {
-      scores[p * shape.num_ngrams + n] = brier_score(hits[n], pairs[n], shape.num_samples);
+      results.write(p * shape.num_ngrams + n, hits[n], pairs[n], shape.num_samples);
     }
     __syncwarp();
   }

@@ -183,7 +183,9 @@ struct BlockPosition {
       T logs[kNodeBatch] = {};
       T damped[kNodeBatch] = {};
       T projected[kNodeBatch] = {};
-      T product[kNodeBatch] = {T(1), T(1), T(1), T(1)};
+      // 1 + excess is a product of factors 1 + x. Kept without its 1, thousands of small x keep
+      // their digits.
+      T excess[kNodeBatch] = {};
       int factors = 0;
       for (int d = group.lane; d < size && first < nodes; d += group.width) {
         const T direction = (sample(n, d) - mean(d)) * law.inverse_distance;
@@ -193,15 +195,15 @@ struct BlockPosition {
         CALM_UNROLL
         for (int j = 0; j < kNodeBatch; ++j) {
           const T t2 = T(2) * rule.t[first + j];
-          const T factor = T(1) + t2 * w;
-          const T inverse = quotient(T(1), factor);
+          const T x = t2 * w;
+          const T inverse = quotient(T(1), T(1) + x);
           const T e_inverse = e * inverse;
           damped[j] += e_inverse;
           projected[j] += e_inverse + w * inverse * (T(1) - t2 * e_inverse);
-          product[j] *= factor;
+          excess[j] += x * (T(1) + excess[j]);
           if (take_log) {
-            logs[j] += logarithm(product[j]);
-            product[j] = T(1);
+            logs[j] += log_one_plus(excess[j]);
+            excess[j] = T(0);
           }
         }
         if (take_log) factors = 0;

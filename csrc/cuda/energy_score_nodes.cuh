@@ -29,20 +29,20 @@ __device__ inline void stage_node_sums(const float (&e)[kElements], const float 
       for (int j = 0; j < kNodeBatch; ++j) {
         const float t = nodes[first + j];
         float logs = 0.0f;
-        float product = 1.0f;
+        float excess = 0.0f;  // of the product over 1: small factors keep their digits
         float damped = 0.0f;
         float projected = 0.0f;
         CALM_UNROLL
         for (int i = 0; i < kElements; ++i) {
-          const float factor = 1.0f + 2.0f * t * w[i];
-          const float inverse = quotient(1.0f, factor);
+          const float scaled = 2.0f * t * w[i];
+          const float inverse = quotient(1.0f, 1.0f + scaled);
           const float e_inverse = e[i] * inverse;
           damped += e_inverse;
           projected += e_inverse + w[i] * inverse * (1.0f - 2.0f * t * e_inverse);
-          product *= factor;
+          excess += scaled * (1.0f + excess);
           if (i % kFactorsPerLog == kFactorsPerLog - 1 || i == kElements - 1) {
-            logs += logf(product);
-            product = 1.0f;
+            logs += log1pf(excess);
+            excess = 0.0f;
           }
         }
         log_actual.value[j] = -0.5f * logs - t * damped;

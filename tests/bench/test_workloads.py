@@ -49,7 +49,8 @@ def variant_of(workload: Workload, name: str) -> Variant:
 
 def test_the_workloads_come_in_the_order_of_the_documentation() -> None:
     assert NAMES == [
-        "energy", "brier", "vote", "exact", "decode", "ae-ce", "ffn", "encode", "head",
+        "energy", "brier", "vote", "exact", "decode", "ae-ce", "ae-ce-trained", "ffn", "encode",
+        "head",
     ]  # fmt: skip
 
 

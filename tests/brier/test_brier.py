@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import calm_kernels
-from calm_kernels import _native, brier_lm, brier_scores
+from calm_kernels import _native, brier_lm, brier_rates, brier_scores
 
 OPERATOR = torch.ops.calm_kernels.brier_scores
 NATIVE = _native.serves("calm_kernels::brier_scores", "cpu")
@@ -53,6 +53,36 @@ def test_scores_equal_the_definition(num_samples: int, patch_size: int, dtype: t
     assert scores.shape == (7, min(patch_size, 4))
     expected = by_pairs(samples, target, 4)
     torch.testing.assert_close(scores.double(), expected, atol=FLOAT32_ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(("num_samples", "patch_size"), [(2, 1), (3, 2), (8, 3), (33, 4), (5, 7)])
+def test_rates_equal_the_definition(num_samples: int, patch_size: int, dtype: torch.dtype) -> None:
+    samples, target = random_draws(num_samples, 7, patch_size, dtype)
+    hit_rates, pair_rates = brier_rates(samples, target, max_ngram=5)
+    assert hit_rates.shape == pair_rates.shape == (7, min(patch_size, 5))
+    for p, n in itertools.product(range(7), range(1, hit_rates.shape[1] + 1)):
+        prefixes = [tuple(samples[i, p, :n].tolist()) for i in range(num_samples)]
+        hits = sum(prefix == tuple(target[p, :n].tolist()) for prefix in prefixes)
+        equal = sum(a == b for a, b in itertools.combinations(prefixes, 2))
+        assert hit_rates[p, n - 1].item() == pytest.approx(hits / num_samples, rel=1e-6)
+        pairs = math.comb(num_samples, 2)
+        assert pair_rates[p, n - 1].item() == pytest.approx(equal / pairs, rel=1e-6)
+
+
+def test_rates_make_the_score() -> None:
+    samples, target = random_draws(6, 50, 4)
+    hit_rates, pair_rates = brier_rates(samples, target)
+    expected = 2 * hit_rates - pair_rates
+    torch.testing.assert_close(
+        brier_scores(samples, target), expected, atol=FLOAT32_ROUNDING, rtol=0
+    )
+
+
+def test_rates_need_two_draws() -> None:
+    samples, target = random_draws(1, 3, 2)
+    with pytest.raises(ValueError, match="expected at least 2 draws"):
+        brier_rates(samples, target)
 
 
 @pytest.mark.parametrize("max_ngram", [1, 2, 3, 5, 6, 9])

@@ -121,6 +121,35 @@ def test_a_replayed_graph_draws_fresh_numbers_for_a_fresh_seed(
     assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_fixed_rounds_of_the_exact_sampler_run_in_a_graph(device: torch.device) -> None:
+    seed = torch.tensor([3], device=device)
+
+    def sample() -> tuple[Tensor, Tensor, Tensor]:
+        position = 0
+
+        def draw(active: Tensor, count: int) -> Tensor:
+            nonlocal position
+            u = calm_kernels.philox_uniform(seed, active, count, 9, first=position)
+            position += count
+            return (6 * u * u).long().unsqueeze(-1)
+
+        return calm_kernels.exact_temperature_sample(
+            draw, 64, 0.37, round_size=8, num_rounds=4, seed=seed, device=device
+        )
+
+    sample()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sample()
+    runs = []
+    for value in (3, 8):
+        seed.fill_(value)
+        runs.append(replay(graph, list(captured)))
+        assert_same(runs[-1], list(sample()), 0.0)
+    assert not torch.equal(runs[0][0], runs[1][0])
+
+
 def test_two_streams_at_once_do_not_disturb_each_other(
     call: OperatorCall, backend: str, device: torch.device
 ) -> None:

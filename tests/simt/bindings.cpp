@@ -5,6 +5,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cuda/brier_kernel.cuh"
 #include "cuda/random_kernel.cuh"
@@ -14,6 +15,7 @@ namespace py = pybind11;
 
 void bind_energy_score(py::module_& m);
 void bind_temperature_sampling(py::module_& m);
+void bind_patch_codec(py::module_& m);
 void bind_gated_ffn(py::module_& m);
 
 namespace {
@@ -25,20 +27,30 @@ simt::Options options(uint64_t seed, int poison) {
   return simt::Options{seed, static_cast<unsigned char>(poison)};
 }
 
+// Scores, hit rates and pair rates.
 template <typename Id>
-Array<float> brier(const Array<Id>& samples, const Array<Id>& target, int64_t num_ngrams,
-                   unsigned blocks, uint64_t seed, int poison) {
+std::vector<Array<float>> brier(const Array<Id>& samples, const Array<Id>& target,
+                                int64_t num_ngrams, unsigned blocks, uint64_t seed, int poison) {
   const calm::BrierShape shape{samples.shape(0), samples.shape(1), samples.shape(2), num_ngrams};
-  Array<float> scores({shape.num_positions, shape.num_ngrams});
-  std::fill_n(scores.mutable_data(), scores.size(), std::nanf(""));
+  std::vector<Array<float>> out;
+  for (int i = 0; i < 3; ++i) {
+    Array<float>& result =
+        out.emplace_back(std::vector<py::ssize_t>{shape.num_positions, shape.num_ngrams});
+    std::fill_n(result.mutable_data(), result.size(), std::nanf(""));
+  }
   const Id* sample_ids = samples.data();
   const Id* target_ids = target.data();
-  float* out = scores.mutable_data();
   const size_t shared_bytes = static_cast<size_t>(2 * num_ngrams * calm::kBrierWarpsPerBlock) * 8;
-  simt::launch(dim3(blocks), dim3(calm::kBrierWarpsPerBlock * 32), shared_bytes,
-               options(seed, poison),
-               [&] { calm::brier_kernel<Id>(sample_ids, target_ids, out, shape); });
-  return scores;
+  const calm::BrierResults wanted[] = {
+      {out[0].mutable_data(), nullptr, nullptr},
+      {nullptr, out[1].mutable_data(), out[2].mutable_data()},
+  };
+  for (const calm::BrierResults& results : wanted) {
+    simt::launch(dim3(blocks), dim3(calm::kBrierWarpsPerBlock * 32), shared_bytes,
+                 options(seed, poison),
+                 [&] { calm::brier_kernel<Id>(sample_ids, target_ids, results, shape); });
+  }
+  return out;
 }
 
 template <bool kNormal>
@@ -91,6 +103,7 @@ PYBIND11_MODULE(calm_simt, m) {
   m.def("philox_normal", &philox<true>);
   bind_energy_score(m);
   bind_temperature_sampling(m);
+  bind_patch_codec(m);
   bind_gated_ffn(m);
   m.def("self_test_sum", &self_test_sum);
   m.def("self_test_fault", &self_test_fault);

@@ -22,13 +22,15 @@ def test_the_cuda_kernel_equals_the_reference(
     random = np.random.default_rng(seed)
     samples = random.integers(0, 2, (num_samples, positions, patch_size)).astype(dtype)
     target = random.integers(0, 2, (positions, patch_size)).astype(dtype)
-    expected = brier.brier_scores(torch.from_numpy(samples), torch.from_numpy(target), ngrams)
+    inputs = (torch.from_numpy(samples), torch.from_numpy(target), ngrams)
+    expected = (brier.brier_scores(*inputs), *brier.brier_rates(*inputs))
     for blocks in (1, 2, 7):
-        scores = simt.brier(samples, target, ngrams, blocks, seed, poison)
-        np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-6, atol=1e-7)
+        results = simt.brier(samples, target, ngrams, blocks, seed, poison)
+        for result, value in zip(results, expected, strict=True):
+            np.testing.assert_allclose(result, value.numpy(), rtol=1e-6, atol=1e-7)
 
 
 def test_ids_that_differ_only_in_high_bits_are_different(simt: ModuleType) -> None:
     samples = np.array([[[1]], [[1 + 2**32]], [[1]]], dtype=np.int64)
-    scores = simt.brier(samples, np.array([[1]], dtype=np.int64), 1, 1, 0, 0)
+    scores, _, _ = simt.brier(samples, np.array([[1]], dtype=np.int64), 1, 1, 0, 0)
     np.testing.assert_allclose(scores, [[2 / 3 * 2 - 1 / 3]], rtol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from types import ModuleType
@@ -413,3 +414,19 @@ def test_the_largest_sizes_fit_shared_memory(simt: ModuleType) -> None:
     tensors = law((64, 1, 512), "bfloat16")
     options: dict[str, Any] = {"seed": 1, "num_targets": 17, "needs": (True, False, True)}
     assert_close(run(simt, tensors, **options), exact(tensors, **options), "bfloat16")
+
+
+@pytest.mark.parametrize("size", [256, 1000, 4096])
+def test_many_equal_small_spreads_beside_a_large_one_lose_no_digits(
+    simt: ModuleType, size: int
+) -> None:
+    # A node multiplies D factors barely above 1: rounded one by one, all would err alike.
+    generator = torch.Generator().manual_seed(size)
+    log_std = torch.full((3, size), math.log(0.7 / math.sqrt(size)))
+    log_std[:, 0] = 0.0
+    mean = torch.zeros(3, size)
+    samples = 0.01 * torch.randn(2, 3, size, generator=generator)
+    tensors = Law(samples, mean, log_std)
+    _, moments = unit_mean_law((samples - mean).double(), log_std.exp().double())
+    assert int(correction_nodes(moments, 0.5).min()) > 0, "the case must need nodes"
+    assert_close(run(simt, tensors), exact(tensors), "float32")

@@ -403,3 +403,40 @@ def test_the_operator_passes_opcheck() -> None:
             100,
         )
         torch.library.opcheck(OPERATOR.reference, arguments)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.5, 0.3])
+def test_fixed_rounds_accept_the_same_patches_after_the_same_draws(temperature: float) -> None:
+    law = LAWS["zipf"]
+    budget = 4 * 3
+    free = exact_temperature_sample(
+        replayed(law), 500, temperature, round_size=5, max_draws=budget, seed=4
+    )
+    fixed = exact_temperature_sample(
+        replayed(law), 500, temperature, round_size=4, num_rounds=3, seed=4
+    )
+    assert 0 < int(free[2].sum()) < 500, "both outcomes must occur"
+    for one, other in zip(free, fixed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_fixed_rounds_ask_for_all_sequences_so_many_times_and_keep_the_budget() -> None:
+    asked = []
+    draw = sampler(LAWS["near-degenerate"], 5)
+
+    def recording(active: torch.Tensor, count: int) -> torch.Tensor:
+        asked.append((active.tolist(), count))
+        return draw(active, count)
+
+    tokens, num_draws, accepted = exact_temperature_sample(
+        recording, 40, 0.5, round_size=3, num_rounds=4, max_draws=7, seed=1
+    )
+    assert asked == [(list(range(40)), 3)] * 4
+    assert int(num_draws.max()) <= 7
+    assert torch.equal(tokens[:, 0] == -1, ~accepted)
+
+
+def test_fixed_rounds_of_no_sequence_give_an_empty_result() -> None:
+    draw = sampler(LAWS["zipf"], 5)
+    tokens, _, _ = exact_temperature_sample(draw, 0, 0.5, round_size=3, num_rounds=2)
+    assert tokens.shape == (0, 3)

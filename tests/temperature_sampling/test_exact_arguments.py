@@ -21,6 +21,8 @@ def all_different(active: torch.Tensor, count: int) -> torch.Tensor:
         ({"temperature": torch.ones(3)}, ValueError, r"temperature: expected shape \[2\]"),
         ({"temperature": torch.zeros(2)}, ValueError, "temperature: .*everywhere"),
         ({"round_size": 0}, ValueError, "round_size: expected at least 1; got 0"),
+        ({"num_rounds": 0, "round_size": 2}, ValueError, "num_rounds: expected at least 1; got 0"),
+        ({"num_rounds": 2}, ValueError, "round_size: expected a number of draws with num_rounds"),
         ({"max_draws": 0}, ValueError, "max_draws: expected at least 1; got 0"),
         ({"temperature": 0.1, "max_draws": 9}, ValueError, r"at least 10 = ceil\(1/T\).*got 9"),
         ({"temperature": 1e-300}, ValueError, "max_draws: expected at least"),

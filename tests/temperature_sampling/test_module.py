@@ -45,3 +45,12 @@ def test_the_layer_has_no_state_and_shows_its_settings() -> None:
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="method: expected one of batch, exact; got 'greedy'"):
         TemperatureSampler(0.5, "greedy")  # type: ignore[arg-type]
+
+
+def test_the_exact_method_runs_fixed_rounds() -> None:
+    layer = TemperatureSampler(0.5, "exact", round_size=4, num_rounds=2)
+    result = layer(draws, 32, seed=3)
+    expected = exact_temperature_sample(draws, 32, 0.5, round_size=4, num_rounds=2, seed=3)
+    for one, two in zip(result, expected, strict=True):
+        assert torch.equal(one, two)
+    assert "round_size=4, num_rounds=2" in repr(layer)

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 import calm_kernels.triton as package
 from calm_kernels import _dispatch
+from calm_kernels.triton import ahead_of_time
 
 
 @pytest.fixture
@@ -37,6 +38,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Path], Modul
     loaded, stored, cast and multiplied by ``tl.dot``; other arithmetic on them is the interpreter's
     to refuse or to get wrong, so cast to float32 before it, as a kernel should.
     """
+    # What is imported from here on would be interpreted, and stay so.
+    ahead_of_time.kernel_modules()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     functions: dict[int, interpreter.InterpretedFunction[Any]] = {}
     for module in (tl, tl.standard, tl.tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -197,6 +198,29 @@ def test_tiles_follow_rows_and_dtype(kernels: Kernels) -> None:
     assert module.choose_tiles(4, torch.float16, True) == module.SM90_FEW_ROWS
     assert module.choose_tiles(800, torch.bfloat16, False) == module.SM80_MANY_ROWS
     assert module.choose_tiles(800, torch.float32, True) == module.FLOAT32
+
+
+@pytest.mark.parametrize("sm90", [False, True])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_every_choice_of_the_operator_gives_the_reference(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sm90: bool
+) -> None:
+    module = kernels.module
+    monkeypatch.setattr(module, "_device", lambda index: (4, sm90))
+    monkeypatch.setattr(module.torch.cuda, "device", lambda device: contextlib.nullcontext())
+    # Few rows and many, V below a tile and above, rows of weight aligned, unaligned and apart.
+    for rows, vocab, hidden in [(5, 700, 40), (70, 600, 72), (3, 100, 24), (2, 300, 13), (0, 9, 8)]:
+        h, w, b = operands(rows, vocab, hidden, dtype)
+        index, value = module.linear_argmax(h, w, b)
+        expected_index, expected = reference(h, w, b)
+        assert torch.equal(index, expected_index) and value.dtype == expected.dtype
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    h, w, _ = operands(5, 300, 48, dtype)
+    for columns in (slice(0, 40), slice(3, 40)):
+        turned = w[:, columns].t().contiguous().t()
+        expected_index, _ = reference(h[:, columns], w[:, columns], None)
+        for weight in (w[:, columns], turned):
+            assert torch.equal(module.linear_argmax(h[:, columns], weight, None)[0], expected_index)
 
 
 def test_the_compiled_module_is_left_as_it_was(

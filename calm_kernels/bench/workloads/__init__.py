@@ -9,6 +9,7 @@ MODULES = (
     "exact",
     "decode",
     "cross_entropy",
+    "trained_cross_entropy",
     "ffn",
     "encode",
     "head",
