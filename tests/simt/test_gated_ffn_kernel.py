@@ -16,8 +16,9 @@ ARITHMETIC = {"float32": 1e-6, "bfloat16": 1e-6, "float16": 1e-6, "float64": 1e-
 ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 0.0}
 UNDERFLOW = {"float32": 0.0, "bfloat16": 0.0, "float16": 2.0**-25, "float64": 0.0}
 DTYPES = list(ARITHMETIC)
-# Rows and size: fewer and more rows than warps; whole pieces, part of a warp's step, odd sizes.
-SHAPES = [(1, 8), (3, 33), (21, 64), (37, 264), (9, 301)]
+# Rows and size: fewer and more rows than a block's warps; odd sizes, pieces of 16 bytes for part of
+# the lanes and for more than all of them.
+SHAPES = [(3, 33), (11, 72), (1, 264)]
 EPS = 1e-3
 
 
@@ -54,7 +55,7 @@ def test_rms_norm_is_the_exact_norm_rounded_once(
 ) -> None:
     x, weight = normal(0, dtype, rows, size), normal(1, dtype, size)
     kernel = getattr(simt, f"ffn_rms_norm_{dtype}")
-    normed, rstd = kernel(bits(x), bits(weight), None, EPS, 2, 0, 0xA5)
+    normed, rstd = kernel(bits(x), bits(weight), None, EPS, 1, 0, 0xA5)
     expected = rms_norm(x.double(), (size,), weight.double(), EPS)
     assert_rounded(normed, expected, dtype)
     mean_square = x.double().square().mean(dim=1)
@@ -74,10 +75,10 @@ def test_swiglu_and_its_gradients_are_exact_up_to_rounding(
     gate, up = wide.chunk(2, dim=1)
     expected = silu(gate) * up
     (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
-    product = getattr(simt, f"ffn_swiglu_{dtype}")(bits(gate_up), 2, 1, 0xA5)
+    product = getattr(simt, f"ffn_swiglu_{dtype}")(bits(gate_up), 1, 1, 0xA5)
     assert_rounded(product, expected, dtype)
     kernel = getattr(simt, f"ffn_swiglu_backward_{dtype}")
-    again, grads = kernel(bits(gate_up), bits(grad), 3, 2, 0xA5)
+    again, grads = kernel(bits(gate_up), bits(grad), 1, 2, 0xA5)
     np.testing.assert_array_equal(again, product)
     assert_rounded(grads, expected_grad, dtype)
 
@@ -100,13 +101,24 @@ def test_rms_norm_gradients_are_exact_up_to_rounding(
     inputs = [bits(t) for t in (x, weight, rstd, grad_out, grad_normed)]
     results = []
     for order, poison in ((0, 0xA5), (7, 0)):
-        grad_x, grad_weight = kernel(*inputs, in_shared, 2, order, poison)
+        grad_x, grad_weight = kernel(*inputs, in_shared, 1, order, poison)
         assert_rounded(grad_x, expected_x, dtype)
         assert_rounded(grad_weight, expected_weight, dtype)
         results.append((grad_x, grad_weight))
     # The order of the sums over rows does not hang on the order in which warps run.
     for first, second in zip(*results, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+def test_sums_over_rows_go_through_every_block(simt: ModuleType) -> None:
+    x, grad = normal(8, "float32", 29, 5), normal(9, "float32", 29, 5)
+    weight, rstd = torch.ones(5), torch.ones(29)
+    expected = (x.double() * grad.double()).sum(dim=0)
+    for blocks in (1, 3):
+        _, got = simt.ffn_rms_norm_backward_float32(
+            *(bits(t) for t in (x, weight, rstd, grad, grad)), True, blocks, 5, 0xA5
+        )
+        assert_rounded(got, expected, "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
