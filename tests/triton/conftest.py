@@ -54,6 +54,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Path], Modul
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast)
     # The copy must not take the operator over from the compiled module.
     monkeypatch.setattr(_dispatch, "register_triton", lambda name, implementation: None)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call)
     # Rewritten functions are cached for ever, and those of one test call functions of its copy.
     monkeypatch.setattr(interpreter.InterpretedFunction, "rewritten_fn", {})
 
@@ -69,6 +70,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Path], Modul
         return module
 
     return load
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function called by a kernel: what it patches of the language is put back afterwards."""
+    scope = interpreter._patch_lang(self.fn)
+    try:
+        return self.rewrite()(*args, **kwargs)
+    finally:
+        scope.restore()
 
 
 def _reduce(self: Any, arguments: Any) -> list[Any]:

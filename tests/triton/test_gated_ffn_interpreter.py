@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -10,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
+from calm_kernels.reference import gated_ffn as reference
+from calm_kernels.triton.gated_ffn import packed_weights
+
 EPS = 1e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, hidden and intermediate sizes: less than a tile, whole tiles, and odd ones with more.
@@ -17,8 +22,13 @@ SHAPES = [(1, 16, 16), (32, 32, 48), (37, 40, 51)]
 
 
 @pytest.fixture
-def kernels(interpreted: Callable[..., ModuleType]) -> ModuleType:
-    return interpreted("gated_ffn")
+def matmuls(interpreted: Callable[..., ModuleType]) -> ModuleType:
+    return interpreted("gated_ffn_matmuls")
+
+
+@pytest.fixture
+def norm(interpreted: Callable[..., ModuleType]) -> ModuleType:
+    return interpreted("gated_ffn_norm")
 
 
 def operands(rows: int, hidden: int, size: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -57,15 +67,14 @@ def assert_as_close_as_plain(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_is_as_close_to_exact_as_plain_pytorch(
-    kernels: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype, save: bool
+    matmuls: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype, save: bool
 ) -> None:
     x, norm, gate, up, down = tensors = operands(*shape, dtype)
-    tiles = kernels.Tiles(16, 32, 16, num_warps=1, num_stages=1)
-    rstd = kernels.normed_rstd(x, EPS)
-    torch.testing.assert_close(rstd, (x.float().square().mean(1) + EPS).rsqrt())
-    weight = kernels.packed_weights(gate, up, norm)
-    product, gate_up = kernels.gate_up_product(x, weight, rstd, save, tiles)
-    out = kernels.down_with_residual(product, down, x, tiles)
+    tiles = matmuls.Tiles(16, 32, 16, num_warps=1, num_stages=1)
+    rstd = (x.float().square().mean(1) + EPS).rsqrt()
+    weight = packed_weights(gate, up, norm)
+    product, gate_up = matmuls.gate_up_product(x, weight, rstd, save, tiles)
+    out = matmuls.down_with_residual(product, down, x, tiles)
     exact = composition(*(t.double() for t in tensors))
     assert_as_close_as_plain([out], [composition(*tensors)], [exact])
     assert gate_up.shape == (shape[0] if save else 0, 2 * shape[2])
@@ -79,7 +88,7 @@ def test_forward_is_as_close_to_exact_as_plain_pytorch(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_the_products_are_exact_up_to_rounding(
-    kernels: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype
+    matmuls: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     rows, hidden, size = shape
     *_, down = operands(*shape, dtype)
@@ -90,8 +99,8 @@ def test_gradients_of_the_products_are_exact_up_to_rounding(
     gate, up = wide.chunk(2, dim=1)
     truth = silu(gate) * up
     (expected,) = torch.autograd.grad(truth, wide, grad_out.double() @ down.double())
-    tiles = kernels.Tiles(16, 32, 16, num_warps=1, num_stages=1)
-    product, grads = kernels.product_gradient(grad_out, down, gate_up, tiles)
+    tiles = matmuls.Tiles(16, 32, 16, num_warps=1, num_stages=1)
+    product, grads = matmuls.product_gradient(grad_out, down, gate_up, tiles)
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     torch.testing.assert_close(product.double(), truth.detach(), rtol=tolerance, atol=1e-6)
     torch.testing.assert_close(grads.double(), expected, rtol=tolerance, atol=5e-6)
@@ -100,7 +109,7 @@ def test_gradients_of_the_products_are_exact_up_to_rounding(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 8), (33, 40), (67, 19)])
 def test_norm_and_its_gradients_are_exact_up_to_rounding(
-    kernels: ModuleType, rows: int, size: int, dtype: torch.dtype
+    norm: ModuleType, rows: int, size: int, dtype: torch.dtype
 ) -> None:
     x, weight = operands(rows, size, 1, dtype)[:2]
     generator = torch.Generator().manual_seed(2)
@@ -111,11 +120,55 @@ def test_norm_and_its_gradients_are_exact_up_to_rounding(
     normed = rms_norm(wide[0], (size,), wide[1], EPS)
     loss = (normed * grad_normed.double()).sum() + (wide[0] * grad_out.double()).sum()
     expected = torch.autograd.grad(loss, wide)
-    rstd = kernels.normed_rstd(x, EPS)
+    rstd = norm.normed_rstd(x, EPS)
+    torch.testing.assert_close(rstd, (x.float().square().mean(1) + EPS).rsqrt())
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
-    result = kernels.normed_rows(x, weight, rstd)
+    result = norm.normed_rows(x, weight, rstd)
     torch.testing.assert_close(result.double(), normed.detach(), rtol=tolerance, atol=1e-6)
-    grads = kernels.norm_gradient(x, weight, rstd, grad_out, grad_normed.clone())
+    grads = norm.norm_gradient(x, weight, rstd, grad_out, grad_normed.clone())
     for grad, truth in zip(grads, expected, strict=True):
         assert grad.dtype == dtype
         torch.testing.assert_close(grad.double(), truth, rtol=tolerance, atol=2e-5)
+
+
+@pytest.fixture
+def whole(
+    interpreted: Callable[..., ModuleType],
+    matmuls: ModuleType,
+    norm: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> ModuleType:
+    """The operator's implementation over interpreted kernels, at the tiles of a GPU."""
+    for copy in (matmuls, norm):
+        name = copy.__name__.removeprefix("interpreted_")
+        monkeypatch.setitem(sys.modules, f"calm_kernels.triton.{name}", copy)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    return interpreted("gated_ffn")
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("weight_grads", [True, False])
+def test_the_operators_equal_the_reference(
+    whole: ModuleType, weight_grads: bool, save: bool
+) -> None:
+    tensors = operands(35, 24, 40, torch.float32)
+    grad_out = torch.randn(35, 24, generator=torch.Generator().manual_seed(3))
+    results = [each.gated_ffn(*tensors, EPS, save) for each in (whole, reference)]
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected)
+    _, rstd, gate_up = results[0]
+    arguments = (grad_out, *tensors, rstd, gate_up, weight_grads)
+    grads = [each.gated_ffn_backward(*arguments) for each in (whole, reference)]
+    for value, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(0, torch.float32), (3, torch.float64)])
+def test_what_no_kernel_serves_goes_to_the_reference(
+    whole: ModuleType, rows: int, dtype: torch.dtype
+) -> None:
+    tensors = operands(rows, 8, 12, dtype)
+    for value, expected in zip(
+        whole.gated_ffn(*tensors, EPS, True), reference.gated_ffn(*tensors, EPS, True), strict=True
+    ):
+        assert torch.equal(value, expected)
