@@ -90,8 +90,7 @@ class StaticBackbone:
         self._backbone: Any = model.transformer
         first = DynamicBackbone(model, contexts)
         self.hidden = first.hidden
-        layers = first._cache.layers
-        keys = [layer.keys for layer in layers]
+        layers: Any = first._cache.layers
         device = self.hidden.device
 
         mask = first._mask
@@ -103,8 +102,9 @@ class StaticBackbone:
         """Patches on the left of each sequence that are not its own, [B]."""
         self._position = torch.tensor([self._length], device=device)
         """Where the next patch goes, [1]."""
-        self._keys = [_widened(k, self._capacity(self._length)) for k in keys]
-        self._values = [_widened(layer.values, self._keys[0].shape[2]) for layer in layers]
+        capacity = self._capacity(self._length)
+        self._keys = [_widened(layer.keys, capacity) for layer in layers]
+        self._values = [_widened(layer.values, capacity) for layer in layers]
         self._make_tables()
 
     @property
@@ -123,7 +123,7 @@ class StaticBackbone:
         """What depends on the capacity alone: rotary factors of every position, slot numbers."""
         capacity = self._keys[0].shape[2]
         self._slots = torch.arange(capacity, device=self._position.device)
-        cos, sin = self._backbone.rotary_emb(self.hidden, self._slots.unsqueeze(0))
+        cos, sin = self._backbone.rotary_emb(self._keys[0], self._slots.unsqueeze(0))
         half = cos.shape[-1] // 2
         # rotate_half(x) * sin is roll(x) * sin with the sign moved to the factor.
         self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
