@@ -183,7 +183,8 @@ def main() -> None:
             "",
             f"{arguments.copies} continuations by each way, P_T from {arguments.plain_draws} plain "
             f"draws, the vote among {NUM_CANDIDATES}, prompts of {length} held-out bytes, seed "
-            f"{arguments.seed}.",
+            f"{arguments.seed}. Where not all copies were accepted within the draw budget, the "
+            "others fell back to a vote, as `accepted` of the result says.",
         ]
     )
     print(text)

@@ -50,7 +50,7 @@ def variant_of(workload: Workload, name: str) -> Variant:
 def test_the_workloads_come_in_the_order_of_the_documentation() -> None:
     assert NAMES == [
         "energy", "brier", "vote", "exact", "decode", "ae-ce", "ae-ce-trained", "ffn", "encode",
-        "head",
+        "head", "ae-step", "lm-step", "generate",
     ]  # fmt: skip
 
 

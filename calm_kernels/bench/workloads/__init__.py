@@ -13,6 +13,9 @@ MODULES = (
     "ffn",
     "encode",
     "head",
+    "ae_step",
+    "lm_step",
+    "generate",
 )
 
 for _name in MODULES:
