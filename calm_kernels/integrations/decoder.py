@@ -1,7 +1,7 @@
 """The decoder's vocabulary head: its loss and its argmax without logits.
 
-Known structure: children ``latent_to_hidden``, ``decoder_layers``, ``expand_layer`` and ``norm``, and
-the parameter ``lm_head_weight``, which the forward multiplies by with ``F.linear``.
+Known structure: children ``latent_to_hidden``, ``decoder_layers``, ``expand_layer`` and ``norm``,
+and the parameter ``lm_head_weight``, by which the forward multiplies with ``F.linear``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _HeadPutOff(TorchFunctionMode):
             and args[1] is self._weight
             and can_be_put_off(*args)
         ):
-            return on_demand_logits(*args, self._use)
+            return on_demand_logits(args[0], args[1], self._use)
         return func(*args, **(kwargs or {}))
 
 
@@ -84,7 +84,7 @@ class FastDecoder(Patched):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. In compiled code the logits are there at once."""
         forward = super().forward  # type: ignore[misc]
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return forward(*args, **kwargs)
         weight: Tensor = getattr(self, WEIGHT)
         with _HeadPutOff(weight, settings_of(self, FastDecoder).use):
@@ -100,14 +100,14 @@ def find(model: nn.Module, use: LogitsUse) -> Iterator[Finding]:
     for path, module in modules_with(model, DECODER):
         if WEIGHT not in parameter_names(module):
             continue
-        reason = why_not_examined_here(module) or _why_not_values(module)
+        reason = _why_not_examined(module) or _why_not_values(module)
         patch = Patch(FastDecoder, DecoderSettings(use)) if reason is None else None
         for part, (wanted, note) in notes.items():
             if wanted:
                 yield Finding(part, path, module, reason or note, patch)
 
 
-def why_not_examined_here(module: nn.Module) -> str | None:
+def _why_not_examined(module: nn.Module) -> str | None:
     """As :func:`why_not_examined`; hooks inside do run, because the forward is the original."""
     reason = why_not_examined(module)
     return None if reason is not None and "hooks" in reason else reason

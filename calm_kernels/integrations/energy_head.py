@@ -1,10 +1,10 @@
 """The energy head: what depends on the hidden state alone, once for all samples.
 
 Known structure: children ``noise_embd``, ``hidden_embd``, ``norm_noise``, ``norm_hidden``,
-``mlp_blocks.{i}`` (``in_ln``, ``linears``, ``down_proj``) and ``final_layer``. The head is called with every
-hidden state repeated for its samples along the first dimension. That it was repeated is proven
-by its strides (``expand``) or by its place in the autograd graph (``repeat``); without proof the
-original runs.
+``mlp_blocks.{i}`` (``in_ln``, ``linears``, ``down_proj``) and ``final_layer``. The head is called
+with every hidden state repeated for its samples along the first dimension. That it was repeated is
+proven by its strides (``expand``) or by its place in the autograd graph (``repeat``); without
+proof the original runs.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Shared(Patched):
 
 
 class SharedBlock(Patched):
-    """A block whose first matmul is split: the condition's half is computed once for all samples."""
+    """A block with its first matmul split: the condition's half runs once for all samples."""
 
     parts = (PART,)
 
@@ -129,7 +129,7 @@ def _why_not_block(module: nn.Module) -> str | None:
     linears: Any = module.linears
     if not isinstance(linears, nn.Sequential) or not is_plain_linear(linears[0]):
         return "linears is no Sequential that begins with a torch.nn.Linear"
-    first = linears[0]
+    first: Any = linears[0]
     if first.in_features != 2 * first.out_features:
         return "its first layer does not read two vectors of its own width"
     try:

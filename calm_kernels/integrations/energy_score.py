@@ -1,7 +1,7 @@
 """The method that computes the energy score: the operator in its place.
 
 Known structure: a method ``energy_score`` (or what the caller names) with arguments ``mean`` and
-``log_std`` and one more, samples [N, *, D]; it returns the score of every position, [*], or minus it.
+``log_std`` and one more, samples [N, *, D]; it returns every position's score, [*], or minus it.
 The exponent is the model's or its configuration's attribute ``alpha`` or ``beta``, else 1.
 """
 

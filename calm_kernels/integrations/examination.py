@@ -107,8 +107,8 @@ def agree(actual: object, expected: object, tolerance: float = TOLERANCE) -> boo
     if isinstance(expected, (tuple, list)):
         return (
             type(actual) is type(expected)
-            and len(actual) == len(expected)  # type: ignore[arg-type]
-            and all(agree(a, e, tolerance) for a, e in zip(actual, expected, strict=True))  # type: ignore[call-overload]
+            and len(actual) == len(expected)
+            and all(agree(a, e, tolerance) for a, e in zip(actual, expected, strict=True))
         )
     return actual is expected
 

@@ -29,8 +29,10 @@ from calm_kernels.integrations.patching import (
     Finding,
     Patch,
     Patched,
+    install,
     is_hooked,
     settings_of,
+    uninstall,
 )
 from calm_kernels.ops.gated_ffn import gated_ffn
 
@@ -65,7 +67,8 @@ def _serves(module: Any, settings: BlockSettings, x: Tensor) -> bool:
     original's result has a wider dtype than ``gated_ffn``'s would (the residual stream in float32
     under autocast, above all).
     """
-    mlp, norm = module.mlp, getattr(module, settings.norm)
+    mlp: Any = module.mlp
+    norm: Any = getattr(module, settings.norm)
     if type(mlp) is not settings.mlp_type or type(norm) is not settings.norm_type:
         return False
     projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
@@ -127,7 +130,8 @@ def find(model: nn.Module) -> Iterator[Finding]:
         if is_from_here(module):
             continue
         if names == BLOCK:
-            norm, kind = "layernorm", FastBlock
+            norm = "layernorm"
+            kind: type[Patched] = FastBlock
         elif names == DECODER_LAYER:
             norm, kind = "post_attention_layernorm", FastDecoderLayer
         else:
@@ -143,7 +147,7 @@ def _examine(
     examined: dict[object, str | None],
 ) -> Finding:
     norm, mlp = getattr(module, norm_name), cast(nn.Module, module.mlp)
-    reason = _why_not_structure(norm, mlp) or why_not_examined_parts(module, norm, mlp)
+    reason = _why_not_structure(norm, mlp) or _why_not_parts(module, norm, mlp)
     if reason is not None:
         return Finding(PART, path, module, reason)
     eps = next(name for name in _EPS_NAMES if hasattr(norm, name))
@@ -174,8 +178,7 @@ def _why_not_structure(norm: nn.Module, mlp: nn.Module) -> str | None:
     return None
 
 
-def why_not_examined_parts(module: nn.Module, *parts: nn.Module) -> str | None:
-    """As :func:`why_not_examined`, for the parts of a module that are replaced."""
+def _why_not_parts(module: nn.Module, *parts: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if is_hooked(*parts):
@@ -201,8 +204,6 @@ class _Attention(nn.Module):
 
 def _why_not_values(module: nn.Module, patch: Patch) -> str | None:
     """Compare a copy with what would replace it, in both modes."""
-    from calm_kernels.integrations.patching import install, uninstall
-
     stub = _Attention()
     attention = getattr(module, "self_attn", None)
     stubs: dict[int, nn.Module] = {} if attention is None else {id(attention): stub}

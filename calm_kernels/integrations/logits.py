@@ -1,7 +1,7 @@
 """Logits that are computed when somebody looks at them.
 
-A vocabulary head's logits, [rows, V], are large, and most code does one of two things with them: the
-cross entropy with a target, or the argmax. Both have operators that never store them. So the
+A vocabulary head's logits, [rows, V], are large, and most code does one of two things with them:
+the cross entropy with a target, or the argmax. Both have operators that never store them. So the
 decoder hands on :class:`OnDemandLogits`, a tensor with the shape, dtype and gradient of the
 logits and without their values. Cross entropy and argmax, after reshapes and casts, go to the
 operators; anything else computes the values once and goes on with those.
@@ -126,7 +126,7 @@ class OnDemandLogits(Tensor):
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
@@ -287,16 +287,19 @@ def _cross_entropy(
     return loss.to(wide if autocast else logits.dtype)
 
 
+_PROPERTIES = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "is_cuda",
+    "requires_grad",
+    "is_leaf",
+    "grad_fn",
+)
 _METADATA = {
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.layout.__get__,  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -304,6 +307,8 @@ _METADATA = {
     Tensor.is_floating_point,
     torch.is_floating_point,
 }
+"""What is known without the values."""
+
 _SHORTCUTS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.view: _reshaped,
     Tensor.reshape: _reshaped,

@@ -102,20 +102,25 @@ def install(module: nn.Module, patches: list[Patch]) -> None:
     module.__class__ = _patched_class(type(module), tuple(p.kind for p in patches), names)
 
 
-def uninstall(module: nn.Module) -> None:
-    """Give a patched module its own class back.
+def uninstall(*modules: nn.Module) -> None:
+    """Give patched modules their own classes back.
 
     Raises:
-        RuntimeError: its class was changed again after the patch.
+        RuntimeError: the class of one was changed again after the patch. Nothing is undone.
     """
-    made = type(module).__dict__.get("_made_of")
-    if made is None:
+    for module in modules:
+        _check_class(module)
+    for module in modules:
+        module.__class__ = type(module).__dict__["_made_of"][0]
+        del module.__dict__[SETTINGS]
+
+
+def _check_class(module: nn.Module) -> None:
+    if "_made_of" not in type(module).__dict__:
         raise RuntimeError(
             f"{type(module).__name__}: its class was changed after apply_calm_kernels (by "
             "fully_shard or a parametrization, say); undo that first"
         )
-    module.__class__ = made[0]
-    del module.__dict__[SETTINGS]
 
 
 def patched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

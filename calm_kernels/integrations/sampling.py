@@ -1,7 +1,7 @@
 """The method that votes among draws at a temperature: the operator in its place.
 
-Known structure: a method ``temperature_sample`` (or what the caller names) with two arguments, draws
-[B, N, K] of token ids and a temperature; it returns one patch per sequence, [B, K].
+Known structure: a method ``temperature_sample`` (or what the caller names) with two arguments,
+draws [B, N, K] of token ids and a temperature; it returns one patch per sequence, [B, K].
 """
 
 from __future__ import annotations

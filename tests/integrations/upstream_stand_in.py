@@ -1,7 +1,8 @@
-"""The models of the CALM release in plain PyTorch, written from the paper's equations.
+"""The models of CALM in plain PyTorch, written from the paper's equations.
 
 Parameter names are those of the released checkpoints. Nothing is fused, shared or left out: this is
-what a drop-in has to equal. The loss of the language model leaves padding aside.
+what a drop-in has to equal. Padding is left aside. Random numbers are drawn in float32 whatever
+the model's dtype, so that one seed means the same draws.
 """
 
 from __future__ import annotations
@@ -145,7 +146,9 @@ class Autoencoder(nn.Module):
         mean, log_std = self.encoder(patches).chunk(2, dim=-1)
         latents = mean
         if self.training:
-            latents = F.dropout(mean + torch.randn_like(mean) * log_std.exp(), config.dropout)
+            noise, kept = torch.randn(mean.shape), torch.rand(mean.shape) >= config.dropout
+            latents = mean + noise.to(mean.dtype) * log_std.exp()
+            latents = latents * kept / (1 - config.dropout)
         logits = self.decoder(latents).float()
         loss = nn.CrossEntropyLoss()(logits.view(-1, config.vocab_size), targets)
         kl = 0.5 * (mean.pow(2) + (2 * log_std).exp() - 1 - 2 * log_std)
@@ -187,7 +190,7 @@ class FinalLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """hidden states [N, *, H], one for every sample, and noise [N, *, noise] -> samples [N, *, D]."""
+    """Hidden states [N, *, H], one a sample, and noise [N, *, noise] -> samples [N, *, D]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -246,7 +249,7 @@ class EnergyTransformer(nn.Module):
     def energy_score(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """Samples [N, *, D] against draws of the posterior: [*]"""
         num_samples = x.shape[0]
-        noise = torch.randn(self.config.num_targets, *mean.shape, dtype=mean.dtype)
+        noise = torch.randn(self.config.num_targets, *mean.shape).to(mean.dtype)
         y = mean + noise * log_std.exp()
         beta = self.config.beta
         between = (x.unsqueeze(0) - x.unsqueeze(1)).norm(dim=-1).pow(beta).sum(dim=(0, 1))
@@ -255,8 +258,8 @@ class EnergyTransformer(nn.Module):
 
     def sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         repeated = hidden.unsqueeze(0).repeat(num_samples, *[1] * hidden.dim())
-        noise = torch.rand(*repeated.shape[:-1], self.config.noise_size, dtype=hidden.dtype) - 0.5
-        samples: Tensor = self.mlp_generator(repeated, noise)
+        noise = torch.rand(*repeated.shape[:-1], self.config.noise_size) - 0.5
+        samples: Tensor = self.mlp_generator(repeated, noise.to(hidden.dtype))
         return samples
 
     def forward(self, input_ids: Tensor) -> Tensor:
