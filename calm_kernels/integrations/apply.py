@@ -104,7 +104,7 @@ def remove_calm_kernels(model: nn.Module) -> None:
     Raises:
         RuntimeError: the class of a module was changed after it was patched. Nothing is undone.
     """
-    uninstall(*[module for _, module in patched_modules(model)])
+    uninstall(*patched_modules(model))
 
 
 def _searches(

@@ -39,6 +39,8 @@ ENCODER = ("embed_tokens", "encoder_layers", "squeeze_layer", "norm", "hidden_to
 LARGEST_SQUEEZED_TABLES = 2**26
 """Most entries of K*V*H tables; beyond it the V*H table serves."""
 
+_PROBE_TOKENS = 50
+
 
 @dataclass
 class EncoderSettings:
@@ -160,7 +162,9 @@ def _examine(module: nn.Module) -> tuple[str, Patch | None]:
         return "squeeze_layer does not end in the hidden size", None
     try:
         with undisturbed():
-            settings = _convention(skeleton(module).eval(), patch_size)
+            few_tokens = nn.Embedding(_PROBE_TOKENS, hidden_size)
+            stubs: dict[int, nn.Module] = {id(encoder.embed_tokens): few_tokens}
+            settings = _convention(skeleton(module, stubs).eval(), patch_size)
     except Exception as error:
         return f"its forward could not be examined: {type(error).__name__}: {error}", None
     if settings is None:
@@ -174,8 +178,7 @@ def _convention(plain: nn.Module, patch_size: int) -> EncoderSettings | None:
     """How the original takes and gives its values; None if in no way that is known."""
     for sequences in (False, True):
         shape = (2, 3 * patch_size if sequences else patch_size)
-        vocab_size = int(plain.embed_tokens.num_embeddings)  # type: ignore[union-attr, arg-type]
-        ids = torch.randint(0, vocab_size, shape, generator=generator())
+        ids = torch.randint(0, _PROBE_TOKENS, shape, generator=generator())
         try:
             expected = plain.forward(ids)
         except Exception:

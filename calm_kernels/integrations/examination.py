@@ -90,8 +90,11 @@ def skeleton(module: nn.Module, stubs: dict[int, nn.Module] | None = None) -> nn
                 memo[id(parameter)] = nn.Parameter(values + (parameter.dim() == 1))
         for buffer in child.buffers(recurse=False):
             memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    copied = copy.deepcopy(module, memo)
-    return copied.requires_grad_(False)
+    copied = copy.deepcopy(module, memo).requires_grad_(False)
+    for child in copied.modules():
+        if getattr(child, "gradient_checkpointing", False):
+            child.gradient_checkpointing = False  # type: ignore[assignment]
+    return copied
 
 
 def agree(actual: object, expected: object, tolerance: float = TOLERANCE) -> bool:

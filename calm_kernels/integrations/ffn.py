@@ -71,7 +71,7 @@ def _serves(module: Any, settings: BlockSettings, x: Tensor) -> bool:
     norm: Any = getattr(module, settings.norm)
     if type(mlp) is not settings.mlp_type or type(norm) is not settings.norm_type:
         return False
-    projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    projections: tuple[Any, ...] = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if not all(is_plain_linear(projection, bias=False) for projection in projections):
         return False
     if is_hooked(mlp, norm, *projections):
@@ -82,7 +82,8 @@ def _serves(module: Any, settings: BlockSettings, x: Tensor) -> bool:
 
 
 def _block(module: Any, settings: BlockSettings, x: Tensor) -> Tensor:
-    norm, mlp = getattr(module, settings.norm), module.mlp
+    norm: Any = getattr(module, settings.norm)
+    mlp: Any = module.mlp
     return gated_ffn(
         x,
         norm.weight,
@@ -214,7 +215,7 @@ def _why_not_values(module: nn.Module, patch: Patch) -> str | None:
     try:
         with undisturbed():
             plain = skeleton(module, stubs)
-            width = getattr(module, patch.settings.norm).weight.shape[0]
+            width = int(getattr(module, patch.settings.norm).weight.shape[0])
             x = torch.randn((1, _PROBE_ROWS, width), generator=generator())
             for training in (True, False):
                 plain.train(training)

@@ -99,7 +99,8 @@ def install(module: nn.Module, patches: list[Patch]) -> None:
     """Give a module that has none its patches."""
     names = tuple(pair for patch in patches for pair in patch.names)
     module.__dict__[SETTINGS] = {patch.kind.__name__: patch.settings for patch in patches}
-    module.__class__ = _patched_class(type(module), tuple(p.kind for p in patches), names)
+    base: Any = type(module)
+    module.__class__ = _patched_class(base, tuple(p.kind for p in patches), names)
 
 
 def uninstall(*modules: nn.Module) -> None:
@@ -123,11 +124,9 @@ def _check_class(module: nn.Module) -> None:
         )
 
 
-def patched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All patched modules with their paths."""
-    for path, module in model.named_modules():
-        if isinstance(module, Patched):
-            yield path, module
+def patched_modules(model: nn.Module) -> list[nn.Module]:
+    """All patched modules of a model."""
+    return [module for module in model.modules() if isinstance(module, Patched)]
 
 
 def is_hooked(*modules: nn.Module) -> bool:
@@ -140,7 +139,7 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 @functools.cache
 def _patched_class(
-    base: type[nn.Module], kinds: tuple[type[Patched], ...], names: MethodNames
+    base: Any, kinds: tuple[type[Patched], ...], names: MethodNames
 ) -> type[nn.Module]:
     """One class for all modules of a class with the same patches: compiled code is shared too."""
     members: dict[str, Any] = {
@@ -162,7 +161,7 @@ def _patches(patched_class: type) -> Iterator[type[Patched]]:
             yield from made[1]
 
 
-def _new(base: type[nn.Module], kinds: tuple[type[Patched], ...], names: MethodNames) -> nn.Module:
+def _new(base: Any, kinds: tuple[type[Patched], ...], names: MethodNames) -> nn.Module:
     """An empty patched module, for unpickling and copying."""
     patched_class = _patched_class(base, kinds, names)
     return patched_class.__new__(patched_class)
