@@ -78,7 +78,8 @@ def _serves(module: Any, settings: BlockSettings, x: Tensor) -> bool:
         return False
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype == torch.get_autocast_dtype(x.device.type)
-    return x.dtype == norm.weight.dtype == mlp.gate_proj.weight.dtype == mlp.down_proj.weight.dtype
+    weighted: tuple[Any, ...] = (norm, *projections)
+    return all(part.weight.dtype == x.dtype for part in weighted)
 
 
 def _block(module: Any, settings: BlockSettings, x: Tensor) -> Tensor:
