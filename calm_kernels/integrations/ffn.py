@@ -29,6 +29,7 @@ from calm_kernels.integrations.patching import (
     Finding,
     Patch,
     Patched,
+    in_transform,
     install,
     is_hooked,
     settings_of,
@@ -74,7 +75,7 @@ def _serves(module: Any, settings: BlockSettings, x: Tensor) -> bool:
     projections: tuple[Any, ...] = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if not all(is_plain_linear(projection, bias=False) for projection in projections):
         return False
-    if is_hooked(mlp, norm, *projections):
+    if is_hooked(mlp, norm, *projections) or in_transform():
         return False
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype == torch.get_autocast_dtype(x.device.type)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from calm_kernels.integrations.patching import in_transform
 from calm_kernels.ops.linear_argmax import linear_argmax
 from calm_kernels.ops.linear_cross_entropy import REDUCTIONS, linear_cross_entropy
 
@@ -161,7 +162,7 @@ def can_be_put_off(hidden: object, weight: object) -> bool:
         and hidden.device == weight.device
         and hidden.device.type != "meta"
         and (hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type))
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not in_transform()
     )
 
 

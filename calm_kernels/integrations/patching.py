@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 SETTINGS = "_calm_kernels"
@@ -135,6 +136,13 @@ def is_hooked(*modules: nn.Module) -> bool:
         "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS)
         for module in modules
     )
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is at work, which the operators do not go through."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @functools.cache

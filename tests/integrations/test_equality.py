@@ -249,3 +249,21 @@ def test_autocast_keeps_values_and_dtypes(make_autoencoder: Make, training: bool
     assert fast_stream.dtype == stream.dtype == torch.float32  # the residual stream stays wide
     torch.testing.assert_close(actual.loss, expected.loss, rtol=3e-2, atol=3e-2)
     torch.testing.assert_close(fast_latent, latent, rtol=5e-2, atol=5e-2)
+
+
+def test_inference_mode_transforms_and_export_see_plain_values(make_autoencoder: Make) -> None:
+    model = make_autoencoder()
+    latents = torch.randn(5, 6)
+
+    def total(z: Tensor) -> Tensor:
+        value: Tensor = model.decoder(z).float().logsumexp(-1).sum()
+        return value
+
+    logits, gradient = model.decoder(latents), torch.func.grad(total)(latents)
+    apply_calm_kernels(model)
+    with torch.inference_mode():
+        assert torch.equal(model.decoder(latents).argmax(-1), logits.argmax(-1))
+        torch.testing.assert_close(model.decoder(latents).softmax(-1), logits.softmax(-1))
+    torch.testing.assert_close(torch.func.grad(total)(latents), gradient)
+    exported = torch.export.export(model.decoder, (latents,)).module()
+    torch.testing.assert_close(exported(latents), logits)
