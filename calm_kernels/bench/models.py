@@ -75,7 +75,8 @@ def make_language_model(
     model = EnergyTransformer(language_model_config(name), autoencoder=autoencoder)
     for module in (model.embed_proj, model.transformer, model.mlp_generator):
         draw_parameters(module, generator, dtype, device)
-    return model.to(device=device, dtype=dtype)
+    torch.nn.Module.to(model, device=device, dtype=dtype)
+    return model
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,8 @@ def energy_loss(samples: Tensor, mean: Tensor, log_std: Tensor, normals: Tensor)
     between = (samples.unsqueeze(0) - samples.unsqueeze(1)).norm(dim=-1)
     spread = between.sum(dim=(0, 1)) / (num_samples * (num_samples - 1))
     to_targets = (samples.unsqueeze(1) - targets.unsqueeze(0)).norm(dim=-1).mean(dim=(0, 1))
-    return (2.0 * to_targets - spread).mean()
+    loss: Tensor = (2.0 * to_targets - spread).mean()
+    return loss
 
 
 def hidden_states(model: Any, patches: Tensor, cache: DynamicCache | None = None) -> Tensor:
@@ -148,7 +149,8 @@ def candidates(model: Any, hidden: Tensor, noise: Tensor) -> Tensor:
     """Patches drawn given hidden [B, H] and noise [N, B, E]: int64 [B, N, K]."""
     latents = head(model.mlp_generator, hidden, noise)
     logits = decode_logits(model.ae_model.decoder, latents.flatten(0, 1))
-    return logits.argmax(dim=-1).unflatten(0, noise.shape[:2]).transpose(0, 1)
+    draws: Tensor = logits.argmax(dim=-1).unflatten(0, noise.shape[:2])
+    return draws.transpose(0, 1)
 
 
 def vote(draws: Tensor, exponent: int, uniforms: Sequence[float]) -> list[list[int]]:

@@ -26,6 +26,7 @@ from calm_kernels.bench.workload import (
     Inputs,
     Outputs,
     Setting,
+    Size,
     Workload,
     register,
 )
@@ -45,14 +46,14 @@ In bfloat16 some draws decode to a neighbouring token, and a vote can turn on on
 def _settings(
     name: str, batches: tuple[int, ...], draws: int, new: int, dtype: torch.dtype
 ) -> tuple[Setting, ...]:
-    sizes = {"preset": name, "N": draws, "T": 0.5, "new": new}
+    sizes: dict[str, Size] = {"preset": name, "N": draws, "T": 0.5, "new": new}
     return tuple(Setting({"B": batch, **sizes}, dtype) for batch in batches)
 
 
 def make_state(case: Case, generator: torch.Generator) -> dict[str, Any]:
     name = str(case.shape["preset"])
     return {
-        "model": make_language_model(name, generator, case.dtype, case.device).eval(),
+        "model": make_language_model(name, generator, case.dtype, case.device).train(False),
         "draws": case.size("N"),
         "new": case.size("new"),
         "temperature": float(case.shape["T"]),
@@ -88,7 +89,8 @@ def plain_generation(inputs: Inputs) -> Tensor:
 
 
 def package(inputs: Inputs) -> Tensor:
-    output = inputs["model"].generate(
+    model: EnergyTransformer = inputs["model"]
+    output = model.generate(
         inputs["prompt"],
         max_new_tokens=inputs["new"],
         temperature=inputs["temperature"],
@@ -100,8 +102,10 @@ def package(inputs: Inputs) -> Tensor:
 
 def exact(case: Case, inputs: Inputs) -> EnergyTransformer:
     """The model in wider arithmetic."""
-    model = copy.deepcopy(inputs["model"])
-    return model.double() if case.dtype == torch.float32 else model.float()
+    model: EnergyTransformer = copy.deepcopy(inputs["model"])
+    wider = torch.float64 if case.dtype == torch.float32 else torch.float32
+    torch.nn.Module.to(model, dtype=wider)
+    return model
 
 
 @torch.no_grad()
