@@ -2,8 +2,6 @@
 // torch's, or this library's own where that is faster (cpu/sgemm.h).
 #pragma once
 
-#include <optional>
-
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "cpu/registration.h"
@@ -28,49 +26,61 @@ inline Matrix<const float> matrix_of(const Tensor& tensor) {
           tensor.stride(1)};
 }
 
-// The right operand of products: packed once, used by as many as there are. Packing has to be paid
-// for, so `left_rows` tells how many rows will be multiplied by it.
+// The right operand of products: packed once, used by as many as there are.
 class RightOperand {
  public:
-  RightOperand(const Tensor& matrix, int64_t left_rows) : matrix_(matrix) {
+  RightOperand() = default;
+  RightOperand(const Tensor& matrix, int64_t left_rows) { assign(matrix, left_rows); }
+
+  // `left_rows` will be multiplied by it: packing has to be worth it.
+  void assign(const Tensor& matrix, int64_t left_rows) {
     constexpr int64_t kFewestRows = 64;
+    matrix_ = matrix;
     const bool contiguous = matrix.stride(0) == 1 || matrix.stride(1) == 1;
-    if (matrix.scalar_type() == ScalarType::Float && contiguous && left_rows >= kFewestRows &&
-        matrix.numel() > 0 && sgemm_serves()) {
-      packed_.emplace(matrix_of(matrix));
-    }
+    is_packed_ = matrix.scalar_type() == ScalarType::Float && contiguous &&
+                 left_rows >= kFewestRows && matrix.numel() > 0 && sgemm_serves();
+    if (is_packed_) packed_.pack(matrix_of(matrix));
   }
 
   const Tensor& matrix() const { return matrix_; }
-  const PackedRight* packed() const { return packed_ ? &*packed_ : nullptr; }
+  bool is_packed() const { return is_packed_; }
+  const PackedRight& packed() const { return packed_; }
 
  private:
   Tensor matrix_;
-  std::optional<PackedRight> packed_;
+  PackedRight packed_;
+  bool is_packed_ = false;
 };
 
-// out = a b
-inline void matmul(Tensor out, const Tensor& a, const RightOperand& b) {
-  if (b.packed() != nullptr) {
-    const Matrix<float> result{out.mutable_data_ptr<float>(), out.size(0), out.size(1),
-                               out.stride(0)};
-    sgemm(result, nullptr, matrix_of(a), *b.packed());
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.matrix().get()));
+// Products, one after the other, in the same working memory.
+class Products {
+ public:
+  // out = a b
+  void multiply(Tensor out, const Tensor& a, const RightOperand& b) {
+    if (b.is_packed()) {
+      sgemm(result_of(out), nullptr, matrix_of(a), b.packed(), left_);
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.matrix().get()));
+    }
   }
-}
 
-// out = start + a b; start may be out
-inline void matmul_onto(Tensor out, const Tensor& start, const Tensor& a, const RightOperand& b) {
-  if (b.packed() != nullptr) {
-    const Matrix<float> result{out.mutable_data_ptr<float>(), out.size(0), out.size(1),
-                               out.stride(0)};
-    const Matrix<const float> from = matrix_of(start);
-    sgemm(result, &from, matrix_of(a), *b.packed());
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.matrix().get(), 1.0, 1.0));
+  // out = start + a b; start may be out
+  void multiply_onto(Tensor out, const Tensor& start, const Tensor& a, const RightOperand& b) {
+    if (b.is_packed()) {
+      const Matrix<const float> from = matrix_of(start);
+      sgemm(result_of(out), &from, matrix_of(a), b.packed(), left_);
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(
+          aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.matrix().get(), 1.0, 1.0));
+    }
   }
-}
+
+ private:
+  static Matrix<float> result_of(Tensor& out) {
+    return {out.mutable_data_ptr<float>(), out.size(0), out.size(1), out.stride(0)};
+  }
+
+  ReusedMemory<float> left_;
+};
 
 }  // namespace calm

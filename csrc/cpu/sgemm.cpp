@@ -20,10 +20,10 @@ namespace {
 
 constexpr int kTileRows = 12;
 constexpr int kTileColumns = 32;
-constexpr int64_t kMaxStep = 384;
-// Rows and panels of a task: some 0.3 milliseconds of work.
-constexpr int64_t kTaskTiles = 14;
-constexpr int64_t kTaskPanels = 8;
+constexpr int64_t kMaxStep = 512;
+// Rows and panels of a task at most: 0.1 milliseconds of work.
+constexpr int64_t kTaskTiles = 11;
+constexpr int64_t kTaskPanels = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -61,6 +61,46 @@ void pack_panel(const float* from, int64_t lane_stride, int64_t step_stride, int
 typedef float Lanes16 __attribute__((vector_size(64)));
 typedef float Unaligned16 __attribute__((vector_size(64), aligned(4)));
 
+// pack_panel for kTileRows whole rows whose steps are neighbours: sixteen steps of four rows are
+// transposed in registers. Returns how many steps that were.
+CALM_AVX512 int64_t pack_rows(const float* from, int64_t row_stride, int64_t num_steps,
+                              float* to) {
+  typedef int32_t Indices __attribute__((vector_size(64)));
+  constexpr Indices kLow = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  constexpr Indices kHigh = kLow + 2;
+  constexpr Indices kFirst = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  constexpr Indices kSecond = kFirst + 2;
+  int64_t k = 0;
+  for (; k + 16 <= num_steps; k += 16) {
+    for (int row = 0; row < kTileRows; row += 4) {
+      const float* const source = from + row * row_stride + k;
+      Lanes16 rows[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        rows[i] = *reinterpret_cast<const Unaligned16*>(source + i * row_stride);
+      }
+      const Lanes16 low = __builtin_shuffle(rows[0], rows[1], kLow);
+      const Lanes16 high = __builtin_shuffle(rows[0], rows[1], kHigh);
+      const Lanes16 other_low = __builtin_shuffle(rows[2], rows[3], kLow);
+      const Lanes16 other_high = __builtin_shuffle(rows[2], rows[3], kHigh);
+      // Quarter q of steps[s] is step 4 q + s of the four rows.
+      const Lanes16 steps[4] = {__builtin_shuffle(low, other_low, kFirst),
+                                __builtin_shuffle(low, other_low, kSecond),
+                                __builtin_shuffle(high, other_high, kFirst),
+                                __builtin_shuffle(high, other_high, kSecond)};
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) {
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+          std::memcpy(to + (k + 4 * q + s) * kTileRows + row,
+                      reinterpret_cast<const char*>(&steps[s]) + 16 * q, 16);
+        }
+      }
+    }
+  }
+  return k;
+}
+
 // out = start + a b for one tile, b's panel and a's rows packed. `start` may be null or `out`.
 CALM_AVX512 void multiply_tile(const float* a, const float* b, int64_t num_steps,
                                const float* start, int64_t start_stride, float* out,
@@ -93,6 +133,8 @@ CALM_AVX512 void multiply_tile(const float* a, const float* b, int64_t num_steps
   }
 }
 #else
+int64_t pack_rows(const float*, int64_t, int64_t, float*) { return 0; }
+
 void multiply_tile(const float* a, const float* b, int64_t num_steps, const float* start,
                    int64_t start_stride, float* out, int64_t out_stride) {
   for (int i = 0; i < kTileRows; ++i) {
@@ -136,11 +178,11 @@ bool sgemm_serves() {
 #endif
 }
 
-PackedRight::PackedRight(const Matrix<const float>& b)
-    : rows_(b.rows),
-      columns_(b.columns),
-      num_panels_(ceil_div(b.columns, kTileColumns)),
-      data_(b.rows * num_panels_ * kTileColumns) {
+void PackedRight::pack(const Matrix<const float>& b) {
+  rows_ = b.rows;
+  columns_ = b.columns;
+  num_panels_ = ceil_div(columns_, kTileColumns);
+  data_.at_least(rows_ * num_panels_ * kTileColumns);
   const int64_t step = step_size(rows_);
   const int64_t num_steps = ceil_div(rows_, step);
   torch::stable::parallel_for(0, num_steps * num_panels_, 4, [&](int64_t begin, int64_t end) {
@@ -161,12 +203,12 @@ const float* PackedRight::panel(int64_t first_row, int64_t num_rows, int64_t pan
 }
 
 void sgemm(const Matrix<float>& out, const Matrix<const float>* start,
-           const Matrix<const float>& a, const PackedRight& b) {
+           const Matrix<const float>& a, const PackedRight& b, ReusedMemory<float>& left) {
   const int64_t depth = b.rows();
   const int64_t num_tiles = ceil_div(out.rows, kTileRows);
   const int64_t num_panels = ceil_div(out.columns, kTileColumns);
   const int64_t step = step_size(depth);
-  const WorkingMemory<float> left(num_tiles * kTileRows * step);
+  float* const packed = left.at_least(num_tiles * kTileRows * step);
   const int64_t row_tasks = ceil_div(num_tiles, kTaskTiles);
   const int64_t column_tasks = ceil_div(num_panels, kTaskPanels);
   for (int64_t first = 0; first < depth; first += step) {
@@ -174,19 +216,23 @@ void sgemm(const Matrix<float>& out, const Matrix<const float>* start,
     torch::stable::parallel_for(0, num_tiles, 4, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t row = tile * kTileRows;
-        pack_panel<kTileRows>(a.data + row * a.row_stride + first * a.column_stride, a.row_stride,
-                              a.column_stride, count,
-                              std::min<int64_t>(kTileRows, out.rows - row),
-                              left.get() + row * count);
+        const int64_t rows = std::min<int64_t>(kTileRows, out.rows - row);
+        const float* const from = a.data + row * a.row_stride + first * a.column_stride;
+        float* const to = packed + row * count;
+        const bool whole = rows == kTileRows && a.column_stride == 1;
+        const int64_t done = whole ? pack_rows(from, a.row_stride, count, to) : 0;
+        pack_panel<kTileRows>(from + done * a.column_stride, a.row_stride, a.column_stride,
+                              count - done, rows, to + done * kTileRows);
       }
     });
     const Matrix<const float> so_far{out.data, out.rows, out.columns, out.row_stride};
     const Matrix<const float>* from = first == 0 ? start : &so_far;
     const auto run = [&](int64_t task) {
-      const int64_t first_tile = task / column_tasks * kTaskTiles;
-      const int64_t last_tile = std::min(first_tile + kTaskTiles, num_tiles);
-      const int64_t first_panel = task % column_tasks * kTaskPanels;
-      const int64_t last_panel = std::min(first_panel + kTaskPanels, num_panels);
+      // Tasks of equal size: a thread gets as many of them as another.
+      const int64_t first_tile = task / column_tasks * num_tiles / row_tasks;
+      const int64_t last_tile = (task / column_tasks + 1) * num_tiles / row_tasks;
+      const int64_t first_panel = task % column_tasks * num_panels / column_tasks;
+      const int64_t last_panel = (task % column_tasks + 1) * num_panels / column_tasks;
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const float* right = b.panel(first, count, panel);
         const int64_t column = panel * kTileColumns;
@@ -198,7 +244,7 @@ void sgemm(const Matrix<float>& out, const Matrix<const float>* start,
               from == nullptr ? nullptr : from->data + row * from->row_stride + column;
           const int64_t start_stride = from == nullptr ? 0 : from->row_stride;
           float* const ends = out.data + row * out.row_stride + column;
-          const float* const rows_of_a = left.get() + row * count;
+          const float* const rows_of_a = packed + row * count;
           if (rows == kTileRows && columns == kTileColumns) {
             multiply_tile(rows_of_a, right, count, begins, start_stride, ends, out.row_stride);
           } else {

@@ -10,11 +10,11 @@ namespace calm {
 // Whether this CPU is one where `sgemm` is the faster of the two.
 bool sgemm_serves();
 
-// A right operand [K, N] in the order in which the product reads it. Rows or columns of `b` must be
-// contiguous.
+// A right operand [K, N] in the order in which the product reads it.
 class PackedRight {
  public:
-  explicit PackedRight(const Matrix<const float>& b);
+  // Rows or columns of `b` must be contiguous.
+  void pack(const Matrix<const float>& b);
 
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
@@ -22,16 +22,16 @@ class PackedRight {
   const float* panel(int64_t first_row, int64_t num_rows, int64_t panel) const;
 
  private:
-  int64_t rows_;
-  int64_t columns_;
-  int64_t num_panels_;
-  WorkingMemory<float> data_;
+  int64_t rows_ = 0;
+  int64_t columns_ = 0;
+  int64_t num_panels_ = 0;
+  ReusedMemory<float> data_;
 };
 
 // out = start + a b, with start of out's shape, or null for zero; it may be out itself. Rows or
-// columns of `a` must be contiguous, rows of `out` and `start` are. Every number is summed in one
-// order, whatever the number of threads.
+// columns of `a` must be contiguous, rows of `out` and `start` are; a is packed into `left`. Every
+// number is summed in one order, whatever the number of threads.
 void sgemm(const Matrix<float>& out, const Matrix<const float>* start,
-           const Matrix<const float>& a, const PackedRight& b);
+           const Matrix<const float>& a, const PackedRight& b, ReusedMemory<float>& left);
 
 }  // namespace calm
