@@ -65,11 +65,12 @@ void for_row_tasks(int64_t num_rows, const Function& function) {
   });
 }
 
-void multiply_gate_up(const Tensor& normed, const Tensor& gate_weight, const Tensor& up_weight,
-                      Tensor& gate_up) {
-  const int64_t size = gate_weight.size(0);
-  matmul(columns(gate_up, 0, size), normed, transposed(gate_weight));
-  matmul(columns(gate_up, size, size), normed, transposed(up_weight));
+// gate_up = normed times both weights transposed.
+void multiply_gate_up(Products& products, const Tensor& normed, const RightOperand& gate_weight,
+                      const RightOperand& up_weight, const Tensor& gate_up) {
+  const int64_t size = gate_up.size(1) / 2;
+  products.multiply(columns(gate_up, 0, size), normed, gate_weight);
+  products.multiply(columns(gate_up, size, size), normed, up_weight);
 }
 
 struct Weights {
@@ -94,19 +95,23 @@ void forward(const Tensor& x, const Weights& weights, double eps, Tensor& out, T
   Tensor product = torch::stable::new_empty(x, {block, size});
   Tensor passing = torch::stable::new_empty(x, {keeps ? 0 : block, 2 * size});
   const S* norm_weight = weights.norm.const_data_ptr<S>();
+  Products products;
+  const RightOperand gate_weight(transposed(weights.gate), num_rows);
+  const RightOperand up_weight(transposed(weights.up), num_rows);
+  const RightOperand down_weight(transposed(weights.down), num_rows);
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       rms_norm<S>({row_of<S>(x, start + first), norm_weight, row_of<S>(normed, first),
                    rstd.mutable_data_ptr<ComputeOf<S>>() + start + first, n, hidden_size, eps});
     });
-    Tensor products = keeps ? rows(gate_up, start, count) : rows(passing, 0, count);
-    multiply_gate_up(rows(normed, 0, count), weights.gate, weights.up, products);
+    Tensor some_gate_up = keeps ? rows(gate_up, start, count) : rows(passing, 0, count);
+    multiply_gate_up(products, rows(normed, 0, count), gate_weight, up_weight, some_gate_up);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      swiglu<S>({row_of<S>(std::as_const(products), first), row_of<S>(product, first), n, size});
+      swiglu<S>({row_of<S>(std::as_const(some_gate_up), first), row_of<S>(product, first), n, size});
     });
-    matmul_onto(rows(out, start, count), rows(x, start, count), rows(product, 0, count),
-                transposed(weights.down));
+    products.multiply_onto(rows(out, start, count), rows(x, start, count), rows(product, 0, count),
+                down_weight);
   }
 }
 
@@ -137,6 +142,11 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
   Tensor partial = torch::stable::new_zeros(x, {num_tasks, hidden_size}, compute_type(x));
   const S* norm_weight = weights.norm.const_data_ptr<S>();
   const T* rstds = rstd.const_data_ptr<T>();
+  Products products;
+  RightOperand right;
+  const RightOperand down_weight(weights.down, num_rows);
+  const RightOperand gate_weight(weights.gate, num_rows);
+  const RightOperand up_weight(weights.up, num_rows);
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
     const Tensor some_normed = rows(normed, 0, normed.size(0) == 0 ? 0 : count);
@@ -146,29 +156,37 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
                            row_of<S>(normed, first), n, hidden_size});
       });
     }
-    Tensor products = kept ? rows(gate_up, start, count) : rows(again, 0, count);
-    if (!kept) multiply_gate_up(some_normed, weights.gate, weights.up, products);
+    Tensor some_gate_up = kept ? rows(gate_up, start, count) : rows(again, 0, count);
+    if (!kept) {
+      multiply_gate_up(products, some_normed, {transposed(weights.gate), count},
+                       {transposed(weights.up), count}, some_gate_up);
+    }
     const Tensor some_grad_out = rows(grad_out, start, count);
-    matmul(rows(product, 0, count), some_grad_out, weights.down);
+    products.multiply(rows(product, 0, count), some_grad_out, down_weight);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      swiglu_backward<S>({row_of<S>(std::as_const(products), first), row_of<S>(product, first),
+      swiglu_backward<S>({row_of<S>(std::as_const(some_gate_up), first), row_of<S>(product, first),
                           row_of<S>(grad_gate_up, first), n, size});
     });
     const Tensor some_grads = rows(grad_gate_up, 0, count);
     const Tensor grad_gate = columns(some_grads, 0, size);
     const Tensor grad_up = columns(some_grads, size, size);
     if (weight_grads) {
-      const double beta = start == 0 ? 0.0 : 1.0;
-      const auto accumulate = [&](Tensor& sum, const Tensor& a, const Tensor& b) {
-        matmul_onto(sum, sum, transposed(a), b, beta);
+      const auto accumulate = [&](Tensor& sum, const Tensor& a, const RightOperand& b) {
+        if (start == 0) {
+          products.multiply(sum, transposed(a), b);
+        } else {
+          products.multiply_onto(sum, sum, transposed(a), b);
+        }
       };
-      accumulate(gradients.down_weight, some_grad_out, rows(product, 0, count));
-      accumulate(gradients.gate_weight, grad_gate, some_normed);
-      accumulate(gradients.up_weight, grad_up, some_normed);
+      right.assign(rows(product, 0, count), hidden_size);
+      accumulate(gradients.down_weight, some_grad_out, right);
+      right.assign(some_normed, size);
+      accumulate(gradients.gate_weight, grad_gate, right);
+      accumulate(gradients.up_weight, grad_up, right);
     }
     Tensor grad_x = rows(gradients.x, start, count);
-    matmul(grad_x, grad_gate, weights.gate);
-    matmul_onto(grad_x, grad_x, grad_up, weights.up);
+    products.multiply(grad_x, grad_gate, gate_weight);
+    products.multiply_onto(grad_x, grad_x, grad_up, up_weight);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       rms_norm_backward<S>({row_of<S>(x, start + first), norm_weight, rstds + start + first,
                             row_of<S>(grad_out, start + first), row_of<S>(grad_x, first),

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/device.h>
@@ -86,6 +87,25 @@ class WorkingMemory {
     void operator()(T* p) const { std::free(p); }
   };
   std::unique_ptr<T[], Free> data_;
+};
+
+// Working memory that is kept from use to use and grows where one needs more.
+template <typename T>
+class ReusedMemory {
+ public:
+  T* at_least(int64_t count) {
+    if (count > count_) {
+      memory_.reset();
+      memory_.emplace(count);
+      count_ = count;
+    }
+    return memory_ ? memory_->get() : nullptr;
+  }
+  T* get() const { return memory_ ? memory_->get() : nullptr; }
+
+ private:
+  std::optional<WorkingMemory<T>> memory_;
+  int64_t count_ = 0;
 };
 
 }  // namespace calm
