@@ -19,6 +19,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "cpu/energy_head_rows.h"
+#include "cpu/large_pages.h"
 #include "cpu/matmul.h"
 #include "cpu/registration.h"
 
@@ -73,6 +74,13 @@ struct Weights {
   Tensor of_sample() const { return columns(in, 0, size()); }
   Tensor of_condition() const { return columns(in, size(), size()); }
 };
+
+Tensor new_rows(const Tensor& like, int64_t num_rows, int64_t size) {
+  Tensor result = torch::stable::new_empty(like, {num_rows, size});
+  const size_t bytes = static_cast<size_t>(result.numel()) * result.element_size();
+  use_large_pages(result.mutable_data_ptr(), bytes);
+  return result;
+}
 
 // Rows of a block: whole positions.
 int64_t block_rows(int64_t num_rows, int64_t num_samples) {
@@ -285,10 +293,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
   const int64_t num_rows = e.size(0);
   const int64_t size = weights.size();
   const int64_t kept_rows = save_activations ? num_rows : 0;
-  Tensor out = torch::stable::new_empty(e, {num_rows, size});
-  Kept kept{torch::stable::new_empty(e, {kept_rows, size}),
-            torch::stable::new_empty(e, {kept_rows, size}),
-            torch::stable::new_empty(e, {kept_rows, 2 * size})};
+  Tensor out = new_rows(e, num_rows, size);
+  Kept kept{new_rows(e, kept_rows, size), new_rows(e, kept_rows, size),
+            new_rows(e, kept_rows, 2 * size)};
   if (num_rows != 0) {
     const int64_t num_samples = num_rows / condition.size(0);
     dispatch(e.scalar_type(), [&]<typename S>() {
@@ -321,7 +328,7 @@ BlockGradients energy_head_block_backward(
     if (!weight_grads) return torch::stable::new_empty(e, {0});
     return num_rows == 0 ? torch::stable::new_zeros(e, shape) : torch::stable::new_empty(e, shape);
   };
-  Gradients gradients{torch::stable::new_empty(e, {num_rows, size}),
+  Gradients gradients{new_rows(e, num_rows, size),
                       torch::stable::new_empty(e, {condition.size(0), size}),
                       {gradient({size}), gradient({size}), gradient({size, 2 * size}),
                        gradient({size}), gradient({size, size}), gradient({size}),

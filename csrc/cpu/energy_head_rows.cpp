@@ -6,6 +6,8 @@
 
 #include "cpu/energy_head_rows.h"
 
+#include <algorithm>
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -13,6 +15,8 @@
 
 namespace calm {
 namespace {
+
+constexpr int64_t kSampleChain = 16;
 
 #define CALM_STEP [&](int64_t i, auto count) __attribute__((always_inline))
 
@@ -37,7 +41,6 @@ CALM_INLINE void run(const LayerNormRows<S>& rows) {
     Vector<T> total{};
     for_lanes<S>(rows.size, CALM_STEP { total += load_lanes<S>(x + i, count); });
     const T mean = sum_lanes<T>(total) * inverse_size;
-    T variance;
     Vector<T> squares{};
     for_lanes<S>(rows.size, CALM_STEP {
       Vector<T> centred = load_lanes<S>(x + i, count) - mean;
@@ -47,7 +50,7 @@ CALM_INLINE void run(const LayerNormRows<S>& rows) {
       }
       squares += centred * centred;
     });
-    variance = sum_lanes<T>(squares) * inverse_size;
+    const T variance = sum_lanes<T>(squares) * inverse_size;
     const T rstd = T(1) / std::sqrt(variance + static_cast<T>(rows.eps));
     rows.mean[r] = mean;
     rows.rstd[r] = rstd;
@@ -184,9 +187,15 @@ CALM_INLINE void run(const SampleSumRows<S>& rows) {
     const S* first = rows.rows + p * rows.num_samples * rows.size;
     S* sum = rows.sum + p * rows.size;
     for_lanes<S>(rows.size, CALM_STEP {
+      // Sums of sums: rounding grows with the length of a chain of additions.
       Vector<T> total{};
-      for (int64_t n = 0; n < rows.num_samples; ++n) {
-        total += load_lanes<S>(first + n * rows.size + i, count);
+      for (int64_t start = 0; start < rows.num_samples; start += kSampleChain) {
+        const int64_t end = std::min(start + kSampleChain, rows.num_samples);
+        Vector<T> part{};
+        for (int64_t n = start; n < end; ++n) {
+          part += load_lanes<S>(first + n * rows.size + i, count);
+        }
+        total += part;
       }
       store_lanes<S>(sum + i, total, count);
     });
