@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = ("tiny", "demo", "small", "paper")
+HEADS = ("energy", "flow", "diffusion")
 _FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
@@ -131,10 +132,18 @@ def _train(commands: Any) -> None:
         "--output", type=Path, metavar="DIR", help="run folder (that of the autoencoder)"
     )
     _corpus(energy, "the data of the autoencoder's run")
-    energy.add_argument("--num-samples", type=int, metavar="N", help="head samples a position")
+    energy.add_argument(
+        "--head", choices=HEADS, help="what draws the next latent (energy; others to compare with)"
+    )
+    energy.add_argument(
+        "--num-samples", type=int, metavar="N", help="head samples, or draws of the loss, a position"
+    )
+    energy.add_argument(
+        "--sampling-steps", type=int, metavar="S", help="of the flow (10) or diffusion (100) head"
+    )
     energy.add_argument("--alpha", type=float, help="exponent of the energy score, in (0, 2)")
     energy.add_argument(
-        "--estimator", choices=("closed_form", "monte_carlo"), help="target term of the loss"
+        "--estimator", choices=("closed_form", "monte_carlo"), help="target term of the energy loss"
     )
     _optimization(energy)
 

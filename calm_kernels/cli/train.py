@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,28 @@ def run_energy(arguments: argparse.Namespace) -> None:
         raise UserError(f"{folder} does not say which preset it was trained with: pass --preset")
     preset = _overridden(find_preset(name), "energy", arguments)
     chosen = {"num_samples": arguments.num_samples, "alpha": arguments.alpha,
-              "estimator": arguments.estimator}  # fmt: skip
+              "estimator": arguments.estimator, "head_type": arguments.head,
+              "sampling_steps": arguments.sampling_steps}  # fmt: skip
     given = {name: value for name, value in chosen.items() if value is not None}
     preset = replace(preset, energy=replace(preset.energy, **given))
+    _refuse_unread(preset.energy.head_type, given)
     source = run_folder_of(folder)
     output = arguments.output or source
     reporter = make_reporter()
     with main_process_first():
         data = _data_of_autoencoder(folder, source, output, preset, arguments.corpus, reporter)
     _run("energy", output, preset, data, arguments, reporter, folder)
+
+
+def _refuse_unread(head: str, given: Mapping[str, Any]) -> None:
+    """Refuse options that the chosen head would not read."""
+    unread = ("sampling_steps",) if head == "energy" else ("alpha", "estimator")
+    for name in unread:
+        if name in given:
+            raise UserError(
+                f"--{name.replace('_', '-')} does not apply to the {head} head: leave it out, or "
+                f"choose another --head"
+            )
 
 
 def _data_of_autoencoder(

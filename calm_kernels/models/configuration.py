@@ -17,6 +17,9 @@ Estimator = Literal["closed_form", "monte_carlo"]
 
 INIT_SCHEMES = ("normal", "width_scaled")
 ESTIMATORS = ("closed_form", "monte_carlo")
+HEAD_TYPES = ("energy", "flow", "diffusion")
+FLOW_SOLVERS = ("midpoint", "euler")
+NOISE_SCHEDULES = ("cosine", "linear")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -121,12 +124,17 @@ class CalmConfig(LlamaConfig):
 
     Args:
         patch_size, latent_size: K and D, those of the autoencoder.
-        noise_size: width of the uniform noise that the head turns into samples.
-        num_mlp_layers: blocks of the energy head.
-        num_samples: N, head samples per position in training, at least 2.
+        head_type: ``"energy"``, ``"flow"`` or ``"diffusion"``: what draws the next latent.
+        noise_size: width of the uniform noise that the energy head turns into samples.
+        num_mlp_layers: blocks of the head.
+        num_samples: N, at least 2: samples per position that the energy loss compares; draws of
+            target, noise and time per position in the loss of the other heads.
         num_targets: M, posterior draws per position; only the Monte Carlo estimator reads it.
         alpha: exponent of the energy score, 0 < alpha < 2; ``beta`` is accepted as its other name.
         estimator: ``"closed_form"`` or ``"monte_carlo"``: the target term of the energy score.
+        sampling_steps: of the flow or diffusion head; its default (10 or 100) if None.
+        flow_solver: ``"midpoint"`` or ``"euler"``.
+        noise_schedule: of the diffusion head, ``"cosine"`` or ``"linear"``.
         ae_path: folder of the autoencoder, read if neither the checkpoint nor the caller has one.
         autoencoder_config: configuration of the autoencoder that the checkpoint carries.
         init_scheme: as in :class:`AutoencoderConfig`.
@@ -155,6 +163,10 @@ class CalmConfig(LlamaConfig):
     num_targets: int = 100
     alpha: float = 1.0
     estimator: str = "closed_form"
+    head_type: str = "energy"
+    sampling_steps: int | None = None
+    flow_solver: str = "midpoint"
+    noise_schedule: str = "cosine"
     ae_path: str | None = None
     autoencoder_config: dict[str, Any] | None = None
     init_scheme: str = "normal"
@@ -169,10 +181,24 @@ class CalmConfig(LlamaConfig):
             f"num_samples: expected at least 2 (a pair is needed); got {self.num_samples}",
         )
         _require(0.0 < self.alpha < 2.0, f"alpha: expected 0 < alpha < 2; got {self.alpha}")
-        _require(
-            self.estimator in ESTIMATORS,
-            f"estimator: expected one of {', '.join(ESTIMATORS)}; got {self.estimator!r}",
-        )
+        options = {
+            "estimator": ESTIMATORS,
+            "head_type": HEAD_TYPES,
+            "flow_solver": FLOW_SOLVERS,
+            "noise_schedule": NOISE_SCHEDULES,
+        }
+        for name, choices in options.items():
+            value = getattr(self, name)
+            _require(
+                value in choices, f"{name}: expected one of {', '.join(choices)}; got {value!r}"
+            )
+        if self.sampling_steps is not None:
+            _require_positive(self, "sampling_steps")
+            _require(
+                self.head_type != "energy",
+                "sampling_steps: the energy head draws in one step; leave it out, or choose "
+                "head_type flow or diffusion",
+            )
         _require_init_scheme(self.init_scheme)
 
 

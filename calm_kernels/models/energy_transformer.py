@@ -1,4 +1,4 @@
-"""The CALM language model: a Llama backbone over patches with an energy head."""
+"""The CALM language model: a Llama backbone over patches with a generative head."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from calm_kernels.models.checkpoint import (
     read_weights,
 )
 from calm_kernels.models.configuration import AutoencoderConfig, CalmConfig, as_plain_dict
+from calm_kernels.models.heads import make_head, training_loss
 from calm_kernels.models.initialization import Backbone, CalmPreTrainedModel
 from calm_kernels.models.inputs import position_ids, real_tokens, to_patches, whole_patches
 from calm_kernels.models.sequences import GenerationOutput, OnPatch
 from calm_kernels.nn.energy import EnergyLoss
-from calm_kernels.nn.energy_head import EnergyHead
 
 _AUTOENCODER = "ae_model."
 _EMBEDDING_NORM_EPS = 1e-6
@@ -42,7 +42,8 @@ class EnergyTransformerOutput(ModelOutput):
     """What :meth:`EnergyTransformer.forward` returns.
 
     Attributes:
-        loss: scalar float32: minus the energy score, averaged over the patches that count.
+        loss: scalar float32, averaged over the patches that count: minus the energy score, or the
+            loss of the flow or diffusion head.
     """
 
     loss: Tensor | None = None
@@ -52,7 +53,7 @@ class EnergyTransformer(CalmPreTrainedModel):
     """Predicts the latent of the next patch by drawing samples of it.
 
     Submodules: ``embed_proj`` (K token embeddings to one input vector), ``transformer`` (Llama;
-    ``transformer.embed_tokens`` is this model's token table), ``mlp_generator`` (the energy head)
+    ``transformer.embed_tokens`` is this model's token table), ``mlp_generator`` (the head)
     and ``ae_model`` (the autoencoder: frozen, always in evaluation mode, saved with the rest).
 
     Args:
@@ -84,9 +85,7 @@ class EnergyTransformer(CalmPreTrainedModel):
             nn.LayerNorm(hidden_size, eps=_EMBEDDING_NORM_EPS),
         )
         self.transformer = Backbone(config)
-        self.mlp_generator = EnergyHead(
-            hidden_size, config.latent_size, config.noise_size, config.num_mlp_layers
-        )
+        self.mlp_generator = make_head(config)
         if autoencoder is None:
             self.ae_model = Autoencoder(AutoencoderConfig(**(config.autoencoder_config or {})))
         else:
@@ -183,7 +182,7 @@ class EnergyTransformer(CalmPreTrainedModel):
         attention_mask: Tensor | None = None,
         seed: int | Tensor | None = None,
     ) -> EnergyTransformerOutput:
-        """The energy loss of predicting every patch from those before it.
+        """The loss of predicting every patch from those before it.
 
         Args:
             input_ids: int64 or int32 token ids [B, L], L a multiple of K and at least 2 K.
@@ -206,10 +205,17 @@ class EnergyTransformer(CalmPreTrainedModel):
         )
         mean, log_std = self.encode_targets(patches[:, 1:])
         seed = _checks.seed_tensor(seed, input_ids.device)
-        samples = self.mlp_generator(hidden, self.config.num_samples, seed=seed)
-        return EnergyTransformerOutput(
-            loss=self.energy_loss(samples, mean, log_std, mask=counted, seed=seed)
+        loss = training_loss(
+            self.mlp_generator,
+            self.energy_loss,
+            self.config.num_samples,
+            hidden,
+            mean,
+            log_std,
+            counted,
+            seed,
         )
+        return EnergyTransformerOutput(loss=loss)
 
     @torch.no_grad()
     def evaluate_brier(

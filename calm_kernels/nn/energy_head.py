@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from calm_kernels import _checks
+from calm_kernels.ops.energy_head import energy_head_block
 from calm_kernels.ops.random import philox_uniform
 from calm_kernels.reference.philox import Stream
 
@@ -41,20 +41,10 @@ class EnergyHeadBlock(nn.Module):
         self.down_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, e: Tensor, condition: Tensor) -> Tensor:
-        """e [N, P, H], condition [P, H] -> [N, P, H].
-
-        The first matmul is split by columns, so that the half which reads the condition runs once
-        per position and not once per sample.
-        """
-        first, *rest = self.linears
-        assert isinstance(first, nn.Linear)
-        weight_e, weight_c = first.weight.chunk(2, dim=1)
-        x = F.linear(self.in_ln(e), weight_e) + F.linear(condition, weight_c, first.bias)
-        for layer in rest:
-            x = layer(x)
-        gate, up = x.chunk(2, dim=-1)
-        step: Tensor = self.down_proj(F.silu(gate) * up)
-        return e + step
+        """e [P, N, H], condition [P, H] -> [P, N, H]; see :func:`energy_head_block`."""
+        layers = (self.in_ln, *self.linears[::2], self.down_proj)
+        weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        return energy_head_block(e, condition, *weights, eps=_NORM_EPS)
 
 
 class EnergyHeadOutput(nn.Module):
@@ -142,10 +132,11 @@ class EnergyHead(nn.Module):
             expected = (num_samples, *positions, self.noise_size)
             _checks.tensor("noise", noise, _checks.FLOAT_DTYPES, expected)
             noise = noise.reshape(num_samples, -1, self.noise_size)
-        noise = noise.to(self.noise_embd.weight.dtype)
+        # The samples of a position lie together from here on: it shares its condition with them.
+        noise = noise.transpose(0, 1).to(self.noise_embd.weight.dtype)
         condition = self.norm_hidden(self.hidden_embd(hidden))
         e = self.norm_noise(self.noise_embd(noise))
         for block in self.mlp_blocks:
             e = block(e, condition)
         latents: Tensor = self.final_layer(e)
-        return latents.reshape(num_samples, *positions, -1)
+        return latents.transpose(0, 1).reshape(num_samples, *positions, -1)

@@ -1,6 +1,7 @@
 """The operators: contract, checks, dispatch. Importing this package defines their schemas."""
 
 from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
+from calm_kernels.ops.energy_head import energy_head_block
 from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
 from calm_kernels.ops.gated_ffn import gated_ffn
 from calm_kernels.ops.linear_argmax import linear_argmax
@@ -30,6 +31,7 @@ __all__ = [
     "brier_rates",
     "brier_scores",
     "embed_flatten",
+    "energy_head_block",
     "energy_score",
     "energy_score_from_targets",
     "exact_temperature_sample",

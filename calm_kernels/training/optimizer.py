@@ -20,6 +20,9 @@ NOT_HIDDEN = (
     "lm_head",
     "noise_embd",
     "mlp_generator.final_layer.linears.2",
+    "mlp_generator.net.input_proj",
+    "mlp_generator.net.time_embed.0",
+    "mlp_generator.net.output_proj",
 )
 """Linear layers at the rim of a model: their inputs or outputs are no hidden vectors."""
 NO_DECAY_BELOW = 2

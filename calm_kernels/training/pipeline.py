@@ -183,6 +183,8 @@ def energy_stage(run: Path, preset: Preset, data: TokenData, seed: int, reporter
                 num_targets=sizes.num_targets,
                 alpha=sizes.alpha,
                 estimator=sizes.estimator,
+                head_type=sizes.head_type,
+                sampling_steps=sizes.sampling_steps,
                 init_scheme=preset.init_scheme,
             ),
             autoencoder=autoencoder,

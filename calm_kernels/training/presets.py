@@ -45,7 +45,7 @@ class AutoencoderSettings:
 
 @dataclass(frozen=True)
 class EnergySettings:
-    """Sizes of the language model with the energy head."""
+    """Sizes of the language model and of its head."""
 
     hidden_size: int
     intermediate_size: int
@@ -61,6 +61,10 @@ class EnergySettings:
     """Spread of the fresh token embeddings; that of the initialisation scheme if None."""
     num_targets: int = 100
     """Target samples a position; the closed form needs none and ignores it."""
+    head_type: str = "energy"
+    """``energy``, ``flow`` or ``diffusion``; the energy score's settings are the energy head's."""
+    sampling_steps: int | None = None
+    """Of the flow or diffusion head; its default if None."""
 
 
 @dataclass(frozen=True)

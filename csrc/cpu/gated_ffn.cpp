@@ -108,10 +108,11 @@ void forward(const Tensor& x, const Weights& weights, double eps, Tensor& out, T
     Tensor some_gate_up = keeps ? rows(gate_up, start, count) : rows(passing, 0, count);
     multiply_gate_up(products, rows(normed, 0, count), gate_weight, up_weight, some_gate_up);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      swiglu<S>({row_of<S>(std::as_const(some_gate_up), first), row_of<S>(product, first), n, size});
+      swiglu<S>(
+          {row_of<S>(std::as_const(some_gate_up), first), row_of<S>(product, first), n, size});
     });
     products.multiply_onto(rows(out, start, count), rows(x, start, count), rows(product, 0, count),
-                down_weight);
+                           down_weight);
   }
 }
 

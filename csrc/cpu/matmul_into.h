@@ -21,6 +21,18 @@ inline Tensor rows(const Tensor& matrix, int64_t first, int64_t count) {
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
+// out = a b, by torch
+inline void matmul(Tensor out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// out = beta * start + a b, by torch; start may be out
+inline void matmul_onto(Tensor out, const Tensor& start, const Tensor& a, const Tensor& b,
+                        double beta = 1.0) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.get(), beta, 1.0));
+}
+
 inline Matrix<const float> matrix_of(const Tensor& tensor) {
   return {tensor.const_data_ptr<float>(), tensor.size(0), tensor.size(1), tensor.stride(0),
           tensor.stride(1)};

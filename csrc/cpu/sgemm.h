@@ -31,7 +31,7 @@ class PackedRight {
 // out = start + a b, with start of out's shape, or null for zero; it may be out itself. Rows or
 // columns of `a` must be contiguous, rows of `out` and `start` are; a is packed into `left`. Every
 // number is summed in one order, whatever the number of threads.
-void sgemm(const Matrix<float>& out, const Matrix<const float>* start,
-           const Matrix<const float>& a, const PackedRight& b, ReusedMemory<float>& left);
+void sgemm(const Matrix<float>& out, const Matrix<const float>* start, const Matrix<const float>& a,
+           const PackedRight& b, ReusedMemory<float>& left);
 
 }  // namespace calm

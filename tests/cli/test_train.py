@@ -98,3 +98,41 @@ def test_a_killed_training_resumes_to_the_same_weights(
     second = load_file(whole / "autoencoder" / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_language_models_with_other_heads_are_trained_scored_and_write(
+    command: Any, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    few = ("--steps", "3", "--batch-size", "2", "--block-length", "32", "--cpu")
+    assert command(*arguments(corpus, run), *few[:-1]).code == 0
+    for head in ("flow", "diffusion"):
+        output = tmp_path / head
+        trained = command(
+            "train", "energy", "--autoencoder", run / "autoencoder", "--output", output, *few,
+            "--head", head, "--sampling-steps", "3", "--num-samples", "2",
+        )  # fmt: skip
+        assert trained.code == 0, trained.err
+        config = json.loads((output / "energy" / "config.json").read_text(encoding="utf-8"))
+        chosen = (config["head_type"], config["sampling_steps"], config["num_samples"])
+        assert chosen == (head, 3, 2)
+        scored = command("evaluate", output, "--blocks", "2", "--samples", "2", "--json", "--cpu")
+        assert scored.code == 0 and json.loads(scored.out)[0]["positions"] > 0
+        written = command(
+            "generate", "--model", output, "--prompt", "The people: ", "--max-new-tokens", "8",
+            "--num-candidates", "4", "--cpu",
+        )  # fmt: skip
+        assert written.code == 0, written.err
+
+
+def test_options_that_a_head_would_not_read_are_refused(
+    command: Any, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert command(*arguments(corpus, run, "--steps", "1")).code == 0
+    for head, option in (("flow", "--alpha=1.5"), ("energy", "--sampling-steps=4")):
+        refused = command(
+            "train", "energy", "--autoencoder", run / "autoencoder", "--head", head, option, "--cpu"
+        )
+        assert refused.code != 0
+        assert option.split("=")[0] in refused.err and f"the {head} head" in refused.err

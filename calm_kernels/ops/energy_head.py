@@ -1,0 +1,154 @@
+"""A block of the energy head: norm, MLP with shared conditioning, gate and residual in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm_kernels import _autocast, _checks
+from calm_kernels._dispatch import define
+from calm_kernels.reference import energy_head as reference
+
+_WEIGHTS = (
+    "Tensor norm_weight, Tensor norm_bias, Tensor in_weight, Tensor in_bias, Tensor mid_weight, "
+    "Tensor mid_bias, Tensor out_weight, Tensor out_bias, Tensor down_weight, Tensor down_bias"
+)
+_NUM_WEIGHTS = 10
+
+
+def _fake(e: Tensor, condition: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    rows, size = e.shape
+    kept = rows if others[-1] else 0
+    shapes = ((rows, size), (kept, size), (kept, size), (kept, 2 * size))
+    return tuple(e.new_empty(shape) for shape in shapes)
+
+
+def _fake_backward(grad_out: Tensor, e: Tensor, condition: Tensor, *others: Any) -> Any:
+    weights, weight_grads = others[:_NUM_WEIGHTS], others[-1]
+    grads = (w.new_empty(w.shape if weight_grads else (0,)) for w in weights)
+    return (e.new_empty(e.shape), condition.new_empty(condition.shape), *grads)
+
+
+_block_backward = define(
+    "energy_head_block_backward",
+    f"(Tensor grad_out, Tensor e, Tensor condition, {_WEIGHTS}, Tensor first, Tensor second, "
+    f"Tensor gate_up, float eps, bool weight_grads) -> ({', '.join(['Tensor'] * 12)})",
+    reference=_autocast.disabled(reference.energy_head_block_backward),
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.saved = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.saved:
+        raise RuntimeError(
+            "energy_head_block: no gradient without its activations: call the operator with "
+            "save_activations=True"
+        )
+    weight_grads = any(ctx.needs_input_grad[2 : 2 + _NUM_WEIGHTS])
+    grads = _block_backward(
+        grad_out.device, grad_out.contiguous(), *ctx.saved_tensors, ctx.eps, weight_grads
+    )
+    if not weight_grads:
+        grads = (*grads[:2], *[None] * _NUM_WEIGHTS)
+    return (*grads, None, None)
+
+
+_block = define(
+    "energy_head_block",
+    f"(Tensor e, Tensor condition, {_WEIGHTS}, float eps, bool save_activations) "
+    "-> (Tensor out, Tensor first, Tensor second, Tensor gate_up)",
+    reference=_autocast.disabled(reference.energy_head_block),
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+def energy_head_block(
+    e: Tensor,
+    condition: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    mid_weight: Tensor,
+    mid_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """e + down(silu(gate) * up), (gate, up) = MLP(cat(LayerNorm(e), condition)); all samples of
+    a position share its condition.
+
+    The MLP is three linear layers with SiLU between them. What the first one makes of the
+    condition is computed once per position.
+
+    Args:
+        e: [*, N, H], N samples of every position; float32, bfloat16, float16 or float64.
+        condition: [*, H].
+        norm_weight, norm_bias: [H], of the LayerNorm.
+        in_weight, in_bias: [H, 2H] and [H], of the first layer; its left half reads the norm.
+        mid_weight, mid_bias: [H, H] and [H].
+        out_weight, out_bias: [2H, H] and [2H]; the first H results are the gate.
+        down_weight, down_bias: [H, H] and [H]. All of one dtype on one device.
+        eps: added to the variance in the norm.
+
+    Returns:
+        [*, N, H], dtype of e. The norm and the pointwise steps are computed in float32 (float64
+        for float64 inputs), matmuls accumulate in float32. Differentiable once, in all tensors.
+
+    Memory: while a gradient is due, a row keeps e and 4H more numbers in its dtype; everything
+    else is recomputed in the backward. Without gradient nothing is kept.
+
+    Autocast: all tensors are cast to the autocast dtype, so the result has that dtype.
+
+    Raises:
+        TypeError: a dtype is not floating, or they differ. ValueError: a shape does not fit,
+            devices differ.
+
+    Source: arXiv 2510.27688, section 3; the shared conditioning is this package's.
+    """
+    _checks.tensor("e", e, _checks.FLOAT_DTYPES, ("*", "N", "H"))
+    size = e.shape[-1]
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "condition": (condition, (*e.shape[:-2], size)),
+        "norm_weight": (norm_weight, (size,)),
+        "norm_bias": (norm_bias, (size,)),
+        "in_weight": (in_weight, (size, 2 * size)),
+        "in_bias": (in_bias, (size,)),
+        "mid_weight": (mid_weight, (size, size)),
+        "mid_bias": (mid_bias, (size,)),
+        "out_weight": (out_weight, (2 * size, size)),
+        "out_bias": (out_bias, (2 * size,)),
+        "down_weight": (down_weight, (size, size)),
+        "down_bias": (down_bias, (size,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        _checks.tensor(name, tensor, _checks.FLOAT_DTYPES, shape)
+    named = {"e": e, **{name: tensor for name, (tensor, _) in shapes.items()}}
+    device = _checks.same_device(**named)
+    named = {name: _autocast.cast(device, tensor) for name, tensor in named.items()}
+    _checks.same_dtype(**named)
+    rows, given, *weights = named.values()
+    save_activations = torch.is_grad_enabled() and any(t.requires_grad for t in named.values())
+    out: Tensor
+    out, *_ = _block(
+        device,
+        rows.reshape(-1, size).contiguous(),
+        given.reshape(-1, size).contiguous(),
+        *weights,
+        eps,
+        save_activations,
+    )
+    return out.reshape(e.shape)

@@ -1,0 +1,359 @@
+// A block of the energy head on CPUs: e + down(silu(gate) * up), where (gate, up) is an MLP of
+// LayerNorm(e) and of a condition that all samples of a position share.
+//
+// The matmuls are torch's, the steps between them energy_head_rows.cpp. The half of the first
+// matmul that reads the condition runs once per position. Rows [P * N, H] go through in blocks of
+// whole positions whose passing activations stay in cache and in the same pages of memory; weight
+// gradients are accumulated over the blocks by the matmuls themselves, in float32 or float64; where
+// that sum would be rounded to 16 bits after every block, one block holds all rows.
+//
+// Work: 30 H^2 operations a row and 6 H^2 a position, forward and backward (36 H^2 a row without
+// sharing). Fewest bytes: e, grad_out and weights read, out and gradients written, and what the
+// forward keeps for the backward, 4 H numbers a row, written and read once.
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/energy_head_rows.h"
+#include "cpu/large_pages.h"
+#include "cpu/matmul_into.h"
+#include "cpu/registration.h"
+
+namespace calm {
+namespace {
+
+// Rows of a block, about; 4 MB of activations at H = 256 in float32.
+constexpr int64_t kBlockRows = 512;
+constexpr int64_t kBlockRowsPerThread = 256;
+// Rows that one task of the pool takes: some 10 microseconds of work.
+constexpr int64_t kTaskRows = 16;
+
+ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <typename T>
+T* row_of(Tensor& tensor, int64_t row) {
+  return tensor.mutable_data_ptr<T>() + row * tensor.size(1);
+}
+
+template <typename T>
+const T* row_of(const Tensor& tensor, int64_t row) {
+  return tensor.const_data_ptr<T>() + row * tensor.size(1);
+}
+
+// function(first, count) for pieces of [0, num_rows) whose borders no thread count moves.
+template <typename Function>
+void for_row_tasks(int64_t num_rows, const Function& function) {
+  const int64_t num_tasks = (num_rows + kTaskRows - 1) / kTaskRows;
+  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * kTaskRows;
+      function(first, std::min(kTaskRows, num_rows - first));
+    }
+  });
+}
+
+struct Weights {
+  Tensor norm;
+  Tensor norm_bias;
+  Tensor in;  // [H, 2H]: columns that read the sample, then those that read the condition
+  Tensor in_bias;
+  Tensor mid;
+  Tensor mid_bias;
+  Tensor out;  // [2H, H]
+  Tensor out_bias;
+  Tensor down;
+  Tensor down_bias;
+
+  int64_t size() const { return mid.size(0); }
+  Tensor of_sample() const { return columns(in, 0, size()); }
+  Tensor of_condition() const { return columns(in, size(), size()); }
+};
+
+Tensor new_rows(const Tensor& like, int64_t num_rows, int64_t size) {
+  Tensor result = torch::stable::new_empty(like, {num_rows, size});
+  const size_t bytes = static_cast<size_t>(result.numel()) * result.element_size();
+  use_large_pages(result.mutable_data_ptr(), bytes);
+  return result;
+}
+
+// Rows of a block: whole positions.
+int64_t block_rows(int64_t num_rows, int64_t num_samples) {
+  const int64_t wanted = std::max(
+      kBlockRows, kBlockRowsPerThread * static_cast<int64_t>(torch::stable::get_num_threads()));
+  return std::min(num_rows, std::max<int64_t>(1, wanted / num_samples) * num_samples);
+}
+
+// What the forward keeps: the inputs of the three nonlinear steps.
+struct Kept {
+  Tensor first;    // [R, H]
+  Tensor second;   // [R, H]
+  Tensor gate_up;  // [R, 2H]
+};
+
+template <typename S>
+void forward(const Tensor& e, const Tensor& condition, int64_t num_samples, const Weights& weights,
+             double eps, Tensor& out, Kept& kept) {
+  using T = ComputeOf<S>;
+  const int64_t num_rows = e.size(0);
+  const int64_t size = weights.size();
+  const bool keeps = kept.first.size(0) == num_rows;
+  const int64_t block = std::min(num_rows, block_rows(num_rows, num_samples));
+  // One buffer for what a matmul reads: normed, both activations and the product in turn.
+  Tensor operand = torch::stable::new_empty(e, {block, size});
+  Tensor passing = torch::stable::new_empty(e, {keeps ? 0 : block, 2 * size});
+  Tensor narrow_passing = torch::stable::new_empty(e, {keeps ? 0 : block, size});
+  Tensor statistics = torch::stable::new_empty(e, {2, block}, compute_type(e));
+  T* const mean = row_of<T>(statistics, 0);
+  T* const rstd = row_of<T>(statistics, 1);
+  Tensor shared = torch::stable::new_empty(e, {condition.size(0), size});
+  matmul_onto(shared, weights.in_bias, condition, transposed(weights.of_condition()));
+  const S* shared_rows = shared.const_data_ptr<S>();
+  for (int64_t start = 0; start < num_rows; start += block) {
+    const int64_t count = std::min(block, num_rows - start);
+    const Tensor read = rows(operand, 0, count);
+    for_row_tasks(count, [&](int64_t first, int64_t n) {
+      run_rows<S>(LayerNormRows<S>{row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(),
+                                   weights.norm_bias.const_data_ptr<S>(), row_of<S>(operand, first),
+                                   mean + first, rstd + first, n, size, eps});
+    });
+    Tensor first_in = keeps ? rows(kept.first, start, count) : rows(narrow_passing, 0, count);
+    matmul(first_in, read, transposed(weights.of_sample()));
+    for_row_tasks(count, [&](int64_t first, int64_t n) {
+      run_rows<S>(SiluRows<S>{row_of<S>(first_in, first), shared_rows, row_of<S>(operand, first),
+                              start + first, n, num_samples, size});
+    });
+    Tensor second_in = keeps ? rows(kept.second, start, count) : rows(narrow_passing, 0, count);
+    matmul_onto(second_in, weights.mid_bias, read, transposed(weights.mid));
+    for_row_tasks(count, [&](int64_t first, int64_t n) {
+      run_rows<S>(SiluRows<S>{row_of<S>(second_in, first), nullptr, row_of<S>(operand, first), 0, n,
+                              num_samples, size});
+    });
+    Tensor gate_up = keeps ? rows(kept.gate_up, start, count) : rows(passing, 0, count);
+    matmul_onto(gate_up, weights.out_bias, read, transposed(weights.out));
+    for_row_tasks(count, [&](int64_t first, int64_t n) {
+      run_rows<S>(GatedRows<S>{row_of<S>(std::as_const(gate_up), first), row_of<S>(operand, first),
+                               row_of<S>(e, start + first), weights.down_bias.const_data_ptr<S>(),
+                               row_of<S>(out, start + first), n, size});
+    });
+    const Tensor some_out = rows(out, start, count);
+    matmul_onto(some_out, some_out, read, transposed(weights.down));
+  }
+}
+
+struct Gradients {
+  Tensor e;
+  Tensor condition;
+  Weights weights;
+};
+
+// Where the column sums of a task lie in its row of partial sums, in units of H.
+enum Sum : int64_t {
+  kNorm,
+  kNormBias,
+  kInBias,
+  kMidBias,
+  kOutBias,
+  kDownBias = kOutBias + 2,
+  kSums
+};
+
+template <typename S>
+void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, int64_t num_samples,
+              const Weights& weights, double eps, const Kept& kept, bool weight_grads,
+              Gradients& gradients) {
+  using T = ComputeOf<S>;
+  const int64_t num_rows = e.size(0);
+  const int64_t size = weights.size();
+  const bool accumulates = compute_type(e) == e.scalar_type();
+  const int64_t block = std::min(
+      num_rows, weight_grads && !accumulates ? num_rows : block_rows(num_rows, num_samples));
+  Tensor normed = torch::stable::new_empty(e, {block, size});
+  Tensor product = torch::stable::new_empty(e, {block, size});
+  Tensor grad_second = torch::stable::new_empty(e, {block, size});
+  Tensor grad_first = torch::stable::new_empty(e, {block, size});
+  Tensor grad_gate_up = torch::stable::new_empty(e, {block, 2 * size});
+  Tensor statistics = torch::stable::new_empty(e, {2, block}, compute_type(e));
+  T* const mean = row_of<T>(statistics, 0);
+  T* const rstd = row_of<T>(statistics, 1);
+  Tensor grad_shared = torch::stable::new_empty(e, {condition.size(0), size});
+  const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
+  Tensor partial = torch::stable::new_zeros(e, {num_tasks, kSums * size}, compute_type(e));
+  const auto sums = [&](int64_t first, Sum which) {
+    return row_of<T>(partial, first / kTaskRows) + which * size;
+  };
+  for (int64_t start = 0; start < num_rows; start += block) {
+    const int64_t count = std::min(block, num_rows - start);
+    const auto accumulate = [&](Tensor sum, const Tensor& a, const Tensor& b) {
+      if (weight_grads) matmul_onto(sum, sum, transposed(a), b, start == 0 ? 0.0 : 1.0);
+    };
+    const Tensor some_normed = rows(normed, 0, count);
+    const Tensor some_product = rows(product, 0, count);
+    const Tensor some_second = rows(grad_second, 0, count);
+    const Tensor some_first = rows(grad_first, 0, count);
+    const Tensor some_gate_up = rows(grad_gate_up, 0, count);
+    const Tensor some_grad_out = rows(grad_out, start, count);
+
+    matmul(some_product, some_grad_out, weights.down);
+    for_row_tasks(count, [&](int64_t first, int64_t n) {
+      run_rows<S>(GatedBackwardRows<S>{row_of<S>(kept.gate_up, start + first),
+                                       row_of<S>(product, first), row_of<S>(grad_gate_up, first),
+                                       sums(first, kOutBias), n, size});
+    });
+    accumulate(gradients.weights.down, some_grad_out, some_product);
+
+    // From here on `product` holds the activations that the matmuls of the forward read.
+    const auto silu_backward = [&](const Tensor& x, Tensor& grad, Sum sum) {
+      for_row_tasks(count, [&](int64_t first, int64_t n) {
+        run_rows<S>(SiluBackwardRows<S>{row_of<S>(x, start + first), row_of<S>(grad, first),
+                                        row_of<S>(product, first), sums(first, sum), n, size});
+      });
+    };
+    matmul(some_second, some_gate_up, weights.out);
+    silu_backward(kept.second, grad_second, kMidBias);
+    accumulate(gradients.weights.out, some_gate_up, some_product);
+
+    matmul(some_first, some_second, weights.mid);
+    silu_backward(kept.first, grad_first, kInBias);
+    accumulate(gradients.weights.mid, some_second, some_product);
+
+    torch::stable::parallel_for(
+        0, count / num_samples, std::max<int64_t>(1, kTaskRows / num_samples),
+        [&](int64_t begin, int64_t end) {
+          run_rows<S>(SampleSumRows<S>{row_of<S>(std::as_const(grad_first), begin * num_samples),
+                                       row_of<S>(grad_shared, start / num_samples + begin),
+                                       end - begin, num_samples, size});
+        });
+    for_row_tasks(count, [&](int64_t first, int64_t n) {
+      run_rows<S>(LayerNormRows<S>{row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(),
+                                   weights.norm_bias.const_data_ptr<S>(), row_of<S>(normed, first),
+                                   mean + first, rstd + first, n, size, eps});
+    });
+    if (weight_grads) {
+      accumulate(columns(gradients.weights.in, 0, size), some_first, some_normed);
+    }
+    matmul(rows(gradients.e, start, count), some_first, weights.of_sample());
+    for_row_tasks(count, [&](int64_t first, int64_t n) {
+      run_rows<S>(LayerNormBackwardRows<S>{
+          row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(), mean + first, rstd + first,
+          row_of<S>(grad_out, start + first), row_of<S>(gradients.e, start + first),
+          sums(first, kNorm), sums(first, kNormBias), sums(first, kDownBias), n, size});
+    });
+  }
+  matmul(gradients.condition, grad_shared, weights.of_condition());
+  if (!weight_grads) return;
+  matmul(columns(gradients.weights.in, size, size), transposed(grad_shared), condition);
+  const auto finish = [&](Tensor& sum, Sum which) {
+    S* values = sum.mutable_data_ptr<S>();
+    for (int64_t h = 0; h < sum.size(0); ++h) {
+      T total = 0;
+      for (int64_t task = 0; task < num_tasks; ++task) {
+        total += row_of<T>(std::as_const(partial), task)[which * size + h];
+      }
+      values[h] = static_cast<S>(total);
+    }
+  };
+  finish(gradients.weights.norm, kNorm);
+  finish(gradients.weights.norm_bias, kNormBias);
+  finish(gradients.weights.in_bias, kInBias);
+  finish(gradients.weights.mid_bias, kMidBias);
+  finish(gradients.weights.out_bias, kOutBias);
+  finish(gradients.weights.down_bias, kDownBias);
+}
+
+// Calls function.template operator()<S>() for the tensor's dtype.
+template <typename Function>
+void dispatch(ScalarType type, const Function& function) {
+  switch (type) {
+    case ScalarType::Float:
+      return function.template operator()<float>();
+    case ScalarType::Double:
+      return function.template operator()<double>();
+    case ScalarType::BFloat16:
+      return function.template operator()<torch::headeronly::BFloat16>();
+    case ScalarType::Half:
+      return function.template operator()<torch::headeronly::Half>();
+    default:
+      STD_TORCH_CHECK(false, "energy_head_block: unexpected dtype");
+  }
+}
+
+Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
+    const Tensor& e_in, const Tensor& condition, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensor& in_weight, const Tensor& in_bias, const Tensor& mid_weight,
+    const Tensor& mid_bias, const Tensor& out_weight, const Tensor& out_bias,
+    const Tensor& down_weight, const Tensor& down_bias, double eps, bool save_activations) {
+  const Tensor e = dense(e_in);
+  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  in_bias,
+                        mid_weight,         mid_bias,         out_weight, out_bias,
+                        down_weight,        dense(down_bias)};
+  const int64_t num_rows = e.size(0);
+  const int64_t size = weights.size();
+  const int64_t kept_rows = save_activations ? num_rows : 0;
+  Tensor out = new_rows(e, num_rows, size);
+  Kept kept{new_rows(e, kept_rows, size), new_rows(e, kept_rows, size),
+            new_rows(e, kept_rows, 2 * size)};
+  if (num_rows != 0) {
+    const int64_t num_samples = num_rows / condition.size(0);
+    dispatch(e.scalar_type(),
+             [&]<typename S>() { forward<S>(e, condition, num_samples, weights, eps, out, kept); });
+  }
+  return {out, kept.first, kept.second, kept.gate_up};
+}
+
+// Gradients of e, condition and the ten weights in order.
+using BlockGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                  Tensor, Tensor, Tensor, Tensor>;
+
+BlockGradients energy_head_block_backward(const Tensor& grad_out_in, const Tensor& e_in,
+                                          const Tensor& condition, const Tensor& norm_weight,
+                                          const Tensor& norm_bias, const Tensor& in_weight,
+                                          const Tensor& in_bias, const Tensor& mid_weight,
+                                          const Tensor& mid_bias, const Tensor& out_weight,
+                                          const Tensor& out_bias, const Tensor& down_weight,
+                                          const Tensor& down_bias, const Tensor& first,
+                                          const Tensor& second, const Tensor& gate_up, double eps,
+                                          bool weight_grads) {
+  const Tensor grad_out = dense(grad_out_in);
+  const Tensor e = dense(e_in);
+  const Kept kept{dense(first), dense(second), dense(gate_up)};
+  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  in_bias,
+                        mid_weight,         mid_bias,         out_weight, out_bias,
+                        down_weight,        dense(down_bias)};
+  const int64_t num_rows = e.size(0);
+  const int64_t size = weights.size();
+  const auto gradient = [&](std::initializer_list<int64_t> shape) {
+    if (!weight_grads) return torch::stable::new_empty(e, {0});
+    return num_rows == 0 ? torch::stable::new_zeros(e, shape) : torch::stable::new_empty(e, shape);
+  };
+  Gradients gradients{
+      new_rows(e, num_rows, size),
+      torch::stable::new_empty(e, {condition.size(0), size}),
+      {gradient({size}), gradient({size}), gradient({size, 2 * size}), gradient({size}),
+       gradient({size, size}), gradient({size}), gradient({2 * size, size}), gradient({2 * size}),
+       gradient({size, size}), gradient({size})}};
+  if (num_rows != 0) {
+    const int64_t num_samples = num_rows / condition.size(0);
+    dispatch(e.scalar_type(), [&]<typename S>() {
+      backward<S>(grad_out, e, condition, num_samples, weights, eps, kept, weight_grads, gradients);
+    });
+  }
+  const Weights& w = gradients.weights;
+  return {gradients.e, gradients.condition, w.norm, w.norm_bias, w.in,   w.in_bias,
+          w.mid,       w.mid_bias,          w.out,  w.out_bias,  w.down, w.down_bias};
+}
+
+}  // namespace
+}  // namespace calm
+
+STABLE_TORCH_LIBRARY_IMPL(calm_kernels, CPU, m) {
+  m.impl("energy_head_block", TORCH_BOX(&calm::energy_head_block));
+  m.impl("energy_head_block_backward", TORCH_BOX(&calm::energy_head_block_backward));
+}
