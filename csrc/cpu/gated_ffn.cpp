@@ -11,6 +11,7 @@
 // and what the forward keeps for the backward, gate_up [R, 2I], written and read once.
 
 #include <algorithm>
+#include <initializer_list>
 #include <utility>
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -35,6 +36,13 @@ constexpr int64_t kTaskRows = 16;
 int64_t block_rows() {
   return std::max(kBlockRows,
                   kBlockRowsPerThread * static_cast<int64_t>(torch::stable::get_num_threads()));
+}
+
+// Memory for a matrix that the products fill.
+Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape) {
+  Tensor tensor = torch::stable::new_empty(like, shape);
+  use_large_pages(tensor);
+  return tensor;
 }
 
 ScalarType compute_type(const Tensor& x) {
@@ -91,9 +99,9 @@ void forward(const Tensor& x, const Weights& weights, double eps, Tensor& out, T
   const int64_t size = weights.size();
   const bool keeps = gate_up.size(0) == num_rows;
   const int64_t block = std::min(num_rows, block_rows());
-  Tensor normed = torch::stable::new_empty(x, {block, hidden_size});
-  Tensor product = torch::stable::new_empty(x, {block, size});
-  Tensor passing = torch::stable::new_empty(x, {keeps ? 0 : block, 2 * size});
+  Tensor normed = fresh(x, {block, hidden_size});
+  Tensor product = fresh(x, {block, size});
+  Tensor passing = fresh(x, {keeps ? 0 : block, 2 * size});
   const S* norm_weight = weights.norm.const_data_ptr<S>();
   Products products;
   const RightOperand gate_weight(transposed(weights.gate), num_rows);
@@ -134,10 +142,10 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
   const bool kept = gate_up.size(0) == num_rows;
   const int64_t block =
       std::min(num_rows, weight_grads && !accumulates(x) ? num_rows : block_rows());
-  Tensor normed = torch::stable::new_empty(x, {weight_grads || !kept ? block : 0, hidden_size});
-  Tensor product = torch::stable::new_empty(x, {block, size});
-  Tensor grad_gate_up = torch::stable::new_empty(x, {block, 2 * size});
-  Tensor again = torch::stable::new_empty(x, {kept ? 0 : block, 2 * size});
+  Tensor normed = fresh(x, {weight_grads || !kept ? block : 0, hidden_size});
+  Tensor product = fresh(x, {block, size});
+  Tensor grad_gate_up = fresh(x, {block, 2 * size});
+  Tensor again = fresh(x, {kept ? 0 : block, 2 * size});
   // A row of partial sums for every task.
   const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
   Tensor partial = torch::stable::new_zeros(x, {num_tasks, hidden_size}, compute_type(x));
@@ -228,11 +236,10 @@ std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& n
   const Weights weights{torch::stable::contiguous(norm_weight), gate_weight, up_weight,
                         down_weight};
   const int64_t num_rows = x.size(0);
-  Tensor out = torch::stable::new_empty(x, {num_rows, x.size(1)});
+  Tensor out = fresh(x, {num_rows, x.size(1)});
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, compute_type(x));
   Tensor gate_up =
-      torch::stable::new_empty(x, {save_activations ? num_rows : 0, 2 * weights.size()});
-  use_large_pages(gate_up);
+      fresh(x, {save_activations ? num_rows : 0, 2 * weights.size()});
   if (num_rows == 0) return {out, rstd, gate_up};
   dispatch(x.scalar_type(), [&]<typename S>() { forward<S>(x, weights, eps, out, rstd, gate_up); });
   return {out, rstd, gate_up};
@@ -253,9 +260,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ffn_backward(
   const int64_t size = weights.size();
   const auto gradient = [&](std::initializer_list<int64_t> shape) {
     if (!weight_grads) return torch::stable::new_empty(x, {0});
-    return num_rows == 0 ? torch::stable::new_zeros(x, shape) : torch::stable::new_empty(x, shape);
+    return num_rows == 0 ? torch::stable::new_zeros(x, shape) : fresh(x, shape);
   };
-  Gradients gradients{torch::stable::new_empty(x, {num_rows, hidden_size}), gradient({hidden_size}),
+  Gradients gradients{fresh(x, {num_rows, hidden_size}), gradient({hidden_size}),
                       gradient({size, hidden_size}), gradient({size, hidden_size}),
                       gradient({hidden_size, size})};
   if (num_rows != 0) {
