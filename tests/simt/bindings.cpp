@@ -13,6 +13,7 @@
 
 namespace py = pybind11;
 
+void bind_energy_head(py::module_& m);
 void bind_energy_score(py::module_& m);
 void bind_temperature_sampling(py::module_& m);
 
@@ -99,6 +100,7 @@ PYBIND11_MODULE(calm_simt, m) {
   m.def("brier", &brier<int32_t>);
   m.def("philox_uniform", &philox<false>);
   m.def("philox_normal", &philox<true>);
+  bind_energy_head(m);
   bind_energy_score(m);
   bind_temperature_sampling(m);
   m.def("self_test_sum", &self_test_sum);
