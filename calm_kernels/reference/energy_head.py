@@ -39,7 +39,7 @@ def energy_head_block(
     eps: float,
     save_activations: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """e [P * N, H], condition [P, H] -> (out [P * N, H], first, second [P * N, H], gate_up [.., 2H]).
+    """e [P * N, H], condition [P, H] -> out, first, second [P * N, H] and gate_up [P * N, 2H].
 
     Row p * N + n of e is sample n of position p. The last three are the inputs of the nonlinear
     steps; they have no rows unless ``save_activations``.

@@ -333,9 +333,11 @@ BlockGradients energy_head_block_backward(const Tensor& grad_out_in, const Tenso
     if (!weight_grads) return torch::stable::new_empty(e, {0});
     return num_rows == 0 ? torch::stable::new_zeros(e, shape) : torch::stable::new_empty(e, shape);
   };
+  const auto positions = {condition.size(0), size};
   Gradients gradients{
       new_rows(e, num_rows, size),
-      torch::stable::new_empty(e, {condition.size(0), size}),
+      num_rows == 0 ? torch::stable::new_zeros(e, positions)
+                    : torch::stable::new_empty(e, positions),
       {gradient({size}), gradient({size}), gradient({size, 2 * size}), gradient({size}),
        gradient({size, size}), gradient({size}), gradient({2 * size, size}), gradient({2 * size}),
        gradient({size, size}), gradient({size})}};

@@ -238,8 +238,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& n
   const int64_t num_rows = x.size(0);
   Tensor out = fresh(x, {num_rows, x.size(1)});
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, compute_type(x));
-  Tensor gate_up =
-      fresh(x, {save_activations ? num_rows : 0, 2 * weights.size()});
+  Tensor gate_up = fresh(x, {save_activations ? num_rows : 0, 2 * weights.size()});
   if (num_rows == 0) return {out, rstd, gate_up};
   dispatch(x.scalar_type(), [&]<typename S>() { forward<S>(x, weights, eps, out, rstd, gate_up); });
   return {out, rstd, gate_up};

@@ -13,6 +13,7 @@
 
 namespace py = pybind11;
 
+void bind_energy_head(py::module_& m);
 void bind_energy_score(py::module_& m);
 void bind_temperature_sampling(py::module_& m);
 void bind_patch_codec(py::module_& m);
@@ -101,6 +102,7 @@ PYBIND11_MODULE(calm_simt, m) {
   m.def("brier", &brier<int32_t>);
   m.def("philox_uniform", &philox<false>);
   m.def("philox_normal", &philox<true>);
+  bind_energy_head(m);
   bind_energy_score(m);
   bind_temperature_sampling(m);
   bind_patch_codec(m);
