@@ -1,10 +1,11 @@
 // A float32 matrix product in AVX-512.
 //
-// Micro-kernel: 12 x 32 numbers of the result in 24 registers; a step of the sum loads two registers
-// of the right operand and broadcasts twelve numbers of the left, so 24 multiply-adds meet 14 loads.
-// Both operands are packed into the order in which it reads them. The sum goes in steps of up to 384
-// terms: a panel of the right operand, 32 columns of a step, is 48 KB and stays in L2 for all rows of
-// a task; twelve rows of the left operand are 18 KB and stay in L1 for a panel.
+// Micro-kernel: 12 x 32 numbers of the result in 24 registers; a step of the sum loads two
+// registers of the right operand and broadcasts twelve numbers of the left, so 24 multiply-adds
+// meet 14 loads. Both operands are packed into the order in which it reads them. The sum goes in
+// steps of up to 384 terms: a panel of the right operand, 32 columns of a step, is 48 KB and stays
+// in L2 for all rows of a task; twelve rows of the left operand are 18 KB and stay in L1 for a
+// panel.
 //
 // Work: 2 M N K operations. On Zen 4 the micro-kernel runs at 95% of the peak of 32 operations a
 // cycle; with packing 100 to 103 of 115 GFLOP/s a core, where torch's library, which
@@ -63,8 +64,7 @@ typedef float Unaligned16 __attribute__((vector_size(64), aligned(4)));
 
 // pack_panel for kTileRows whole rows whose steps are neighbours: sixteen steps of four rows are
 // transposed in registers. Returns how many steps that were.
-CALM_AVX512 int64_t pack_rows(const float* from, int64_t row_stride, int64_t num_steps,
-                              float* to) {
+CALM_AVX512 int64_t pack_rows(const float* from, int64_t row_stride, int64_t num_steps, float* to) {
   typedef int32_t Indices __attribute__((vector_size(64)));
   constexpr Indices kLow = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
   constexpr Indices kHigh = kLow + 2;
@@ -181,8 +181,7 @@ void multiply_at(const Matrix<float>& out, const Matrix<const float>* start, con
 }
 
 // Twelve rows from `row` on and `count` steps from `first` on, in the order of the micro-kernel.
-void pack_tile(const Matrix<const float>& a, int64_t row, int64_t first, int64_t count,
-               float* to) {
+void pack_tile(const Matrix<const float>& a, int64_t row, int64_t first, int64_t count, float* to) {
   const int64_t num_rows = std::min<int64_t>(kTileRows, a.rows - row);
   const float* const from = a.data + row * a.row_stride + first * a.column_stride;
   const bool whole = num_rows == kTileRows && a.column_stride == 1;
@@ -229,8 +228,8 @@ const float* PackedRight::panel(int64_t first_row, int64_t num_rows, int64_t pan
   return data_.get() + (first_row * num_panels_ + panel * num_rows) * kTileColumns;
 }
 
-void sgemm(const Matrix<float>& out, const Matrix<const float>* start,
-           const Matrix<const float>& a, const PackedRight& b, ReusedMemory<float>& left) {
+void sgemm(const Matrix<float>& out, const Matrix<const float>* start, const Matrix<const float>& a,
+           const PackedRight& b, ReusedMemory<float>& left) {
   const int64_t depth = b.rows();
   const int64_t num_tiles = ceil_div(out.rows, kTileRows);
   const int64_t num_panels = ceil_div(out.columns, kTileColumns);

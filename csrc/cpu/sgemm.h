@@ -21,6 +21,9 @@ class PackedRight {
   // Panel of columns [32 panel, 32 panel + 32) and the rows of one step of the sum.
   const float* panel(int64_t first_row, int64_t num_rows, int64_t panel) const;
 
+  int64_t bytes() const { return data_.bytes(); }
+  void release() { data_.release(); }
+
  private:
   int64_t rows_ = 0;
   int64_t columns_ = 0;
@@ -31,7 +34,7 @@ class PackedRight {
 // out = start + a b, with start of out's shape, or null for zero; it may be out itself. Rows or
 // columns of `a` must be contiguous, rows of `out` and `start` are; a is packed into `left`. Every
 // number is summed in one order, whatever the number of threads.
-void sgemm(const Matrix<float>& out, const Matrix<const float>* start,
-           const Matrix<const float>& a, const PackedRight& b, ReusedMemory<float>& left);
+void sgemm(const Matrix<float>& out, const Matrix<const float>* start, const Matrix<const float>& a,
+           const PackedRight& b, ReusedMemory<float>& left);
 
 }  // namespace calm

@@ -2,9 +2,9 @@
 // them the kernels of gated_ffn_kernel.cuh.
 //
 // Gate and up are one matmul each way: their weights lie packed in a [2 I, H] matrix, copied there
-// at the start (a thousandth of the operations' bytes at 16384 rows), so normed is read once and the
-// gradient of normed comes out of one accumulation. The residual is what the last matmul adds to.
-// 18 R H I operations, forward and backward.
+// at the start (a thousandth of the operations' bytes at 16384 rows), so normed is read once and
+// the gradient of normed comes out of one accumulation. The residual is what the last matmul adds
+// to. 18 R H I operations, forward and backward.
 
 #include <algorithm>
 #include <initializer_list>
@@ -34,8 +34,8 @@ bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(addres
 template <typename In, typename Function>
 void with_vector(int64_t size, std::initializer_list<const void*> addresses,
                  const Function& function) {
-  const bool fits = size % kFfnVector<In> == 0 &&
-                    std::all_of(addresses.begin(), addresses.end(), is_aligned);
+  const bool fits =
+      size % kFfnVector<In> == 0 && std::all_of(addresses.begin(), addresses.end(), is_aligned);
   if (fits) {
     function.template operator()<kFfnVector<In>>();
   } else {
@@ -66,9 +66,14 @@ In* output(Tensor& tensor) {
 template <typename In>
 void launch_rms_norm(const Tensor& x, const Tensor& norm_weight, Tensor& rstd, Tensor& normed,
                      double eps, bool has_rstd, cudaStream_t stream) {
-  const RmsNormArguments<In> arguments{
-      input<In>(x), input<In>(norm_weight), output<In>(normed), output<Compute<In>>(rstd),
-      x.size(0),    x.size(1),              eps,                has_rstd};
+  const RmsNormArguments<In> arguments{input<In>(x),
+                                       input<In>(norm_weight),
+                                       output<In>(normed),
+                                       output<Compute<In>>(rstd),
+                                       x.size(0),
+                                       x.size(1),
+                                       eps,
+                                       has_rstd};
   with_vector<In>(
       x.size(1), {arguments.x, arguments.norm_weight, arguments.normed}, [&]<int kCount>() {
         rms_norm_kernel<In, kCount>
@@ -99,12 +104,12 @@ void launch_swiglu_backward(const Tensor& gate_up, Tensor& product, Tensor& grad
   SwigluArguments<In> arguments = swiglu_arguments<In>(gate_up, product);
   arguments.grad_gate_up = output<In>(grad_gate_up);
   const auto blocks = static_cast<unsigned>(blocks_for(arguments.num_rows, kMaxBlocks));
-  with_vector<In>(
-      arguments.size, {arguments.gate_up, arguments.product, arguments.grad_gate_up},
-      [&]<int kCount>() {
-        swiglu_backward_kernel<In, kCount><<<blocks, kFfnThreads, 0, stream>>>(arguments);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-      });
+  with_vector<In>(arguments.size, {arguments.gate_up, arguments.product, arguments.grad_gate_up},
+                  [&]<int kCount>() {
+                    swiglu_backward_kernel<In, kCount>
+                        <<<blocks, kFfnThreads, 0, stream>>>(arguments);
+                    STD_CUDA_KERNEL_LAUNCH_CHECK();
+                  });
 }
 
 // grad_x holds the gradient of normed; grad_norm_weight may be empty: not wanted.
@@ -231,7 +236,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ffn_backward(
       const cudaStream_t stream = current_stream(device);
       const bool kept = gate_up.size(0) == num_rows;
       const Tensor gate_and_up = packed(gate_weight, up_weight);
-      Tensor normed = torch::stable::new_empty(x, {weight_grads || !kept ? num_rows : 0, hidden_size});
+      Tensor normed =
+          torch::stable::new_empty(x, {weight_grads || !kept ? num_rows : 0, hidden_size});
       if (normed.size(0) != 0) launch_rms_norm<In>(x, norm_weight, rstd, normed, 0.0, true, stream);
       if (!kept) {
         gate_up = torch::stable::new_empty(x, {num_rows, 2 * size});

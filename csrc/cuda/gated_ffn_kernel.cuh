@@ -7,9 +7,9 @@
 //   rms_norm_backward   x, grad of n, grad_out -> grad_x  reads 3 H, writes H; sums over rows for w
 //
 // So every activation is read once and written once between two matmuls, which is the fewest bytes
-// that whole matmuls allow; the arithmetic (one exponential and one quotient an element) stays below
-// the time of those bytes. What is cheap, n and the product, is computed again in the backward
-// instead of being kept.
+// that whole matmuls allow; the arithmetic (one exponential and one quotient an element) stays
+// below the time of those bytes. What is cheap, n and the product, is computed again in the
+// backward instead of being kept.
 //
 // Mapping: a warp takes a row and its lanes walk it 16 bytes at a time, so that reductions over the
 // row are shuffles and nothing waits for other warps. Rows whose size or address is no multiple of
@@ -71,9 +71,7 @@ __device__ inline double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 __device__ inline int64_t first_row() {
   return static_cast<int64_t>(blockIdx.x) * kFfnWarpsPerBlock + threadIdx.x / 32;
 }
-__device__ inline int64_t row_step() {
-  return static_cast<int64_t>(gridDim.x) * kFfnWarpsPerBlock;
-}
+__device__ inline int64_t row_step() { return static_cast<int64_t>(gridDim.x) * kFfnWarpsPerBlock; }
 template <int kCount>
 __device__ inline int64_t first_element() {
   return static_cast<int64_t>(threadIdx.x % 32) * kCount;
@@ -109,8 +107,8 @@ __global__ void __launch_bounds__(kFfnThreads)
         CALM_UNROLL
         for (int k = 0; k < kCount; ++k) squares += values[k] * values[k];
       }
-      rstd = T(1) / square_root(warp_sum(squares) / static_cast<T>(size) +
-                                static_cast<T>(arguments.eps));
+      rstd = T(1) /
+             square_root(warp_sum(squares) / static_cast<T>(size) + static_cast<T>(arguments.eps));
       if (threadIdx.x % 32 == 0) arguments.rstd[row] = rstd;
     }
     for (int64_t i = first_element<kCount>(); i < size; i += 32 * kCount) {
@@ -192,9 +190,9 @@ struct RmsNormBackwardArguments {
   const In* norm_weight;
   const Compute<In>* rstd;
   const In* grad_out;
-  In* grad_x;             // holds the gradient of n, becomes that of x
-  Compute<In>* partial;   // [blocks, size]: the sums of every block
-  Compute<In>* lines;     // [blocks, kFfnWarpsPerBlock, line size], or null: in shared memory
+  In* grad_x;            // holds the gradient of n, becomes that of x
+  Compute<In>* partial;  // [blocks, size]: the sums of every block
+  Compute<In>* lines;    // [blocks, kFfnWarpsPerBlock, line size], or null: in shared memory
   int64_t num_rows;
   int64_t size;
 };
@@ -222,10 +220,9 @@ __global__ void __launch_bounds__(kFfnThreads)
   CALM_DYNAMIC_SHARED_ARRAY(char, shared);
   const int64_t size = arguments.size;
   const int64_t line_size = ffn_line_size<kCount>(size);
-  T* const lines = arguments.lines == nullptr
-                       ? reinterpret_cast<T*>(shared)
-                       : arguments.lines + static_cast<int64_t>(blockIdx.x) * kFfnWarpsPerBlock *
-                                               line_size;
+  T* const lines = arguments.lines == nullptr ? reinterpret_cast<T*>(shared)
+                                              : arguments.lines + static_cast<int64_t>(blockIdx.x) *
+                                                                      kFfnWarpsPerBlock * line_size;
   T* const line = lines + static_cast<int64_t>(threadIdx.x / 32) * line_size;
   const int64_t lane = threadIdx.x % 32;
   // A lane reads and writes its own numbers of the line only, until the block adds them up.

@@ -91,8 +91,8 @@ py::tuple rms_norm(const Array<In>& x, const Array<In>& weight,
   Array<In> normed = unwritten<In>({num_rows, size});
   Array<T> rstd = rstd_in ? copied<T>(*rstd_in) : unwritten<T>({num_rows});
   const calm::RmsNormArguments<In> arguments{
-      input<In>(x), input<In>(weight), output<In>(normed), output<T>(rstd),
-      num_rows,     size,              eps,                rstd_in.has_value()};
+      input<In>(x), input<In>(weight),  output<In>(normed), output<T>(rstd), num_rows, size,
+      eps,          rstd_in.has_value()};
   launch<In>(size, 0, How{blocks, order, poison},
              [&]<int kCount>() { calm::rms_norm_kernel<In, kCount>(arguments); });
   return py::make_tuple(normed, rstd);
@@ -141,10 +141,15 @@ py::tuple rms_norm_backward(const Array<In>& x, const Array<In>& weight,
   Array<T> partial = unwritten<T>({static_cast<py::ssize_t>(blocks), size});
   Array<T> lines = unwritten<T>({in_shared ? 0 : static_cast<py::ssize_t>(blocks), numbers});
   Array<In> grad_weight = unwritten<In>({size});
-  const calm::RmsNormBackwardArguments<In> arguments{
-      input<In>(x),       input<In>(weight), input<T>(rstd),
-      input<In>(grad_out), output<In>(grad_x), output<T>(partial),
-      in_shared ? nullptr : output<T>(lines), x.shape(0), size};
+  const calm::RmsNormBackwardArguments<In> arguments{input<In>(x),
+                                                     input<In>(weight),
+                                                     input<T>(rstd),
+                                                     input<In>(grad_out),
+                                                     output<In>(grad_x),
+                                                     output<T>(partial),
+                                                     in_shared ? nullptr : output<T>(lines),
+                                                     x.shape(0),
+                                                     size};
   launch<In>(size, in_shared ? static_cast<size_t>(numbers) * sizeof(T) : 0,
              How{blocks, order, poison},
              [&]<int kCount>() { calm::rms_norm_backward_kernel<In, kCount>(arguments); });
