@@ -11,6 +11,7 @@
 // and what the forward keeps for the backward, gate_up [R, 2I], written and read once.
 
 #include <algorithm>
+#include <cstddef>
 #include <initializer_list>
 #include <utility>
 
@@ -73,13 +74,49 @@ void for_row_tasks(int64_t num_rows, const Function& function) {
   });
 }
 
-// gate_up = normed times both weights transposed.
-void multiply_gate_up(Products& products, const Tensor& normed, const RightOperand& gate_weight,
-                      const RightOperand& up_weight, const Tensor& gate_up) {
-  const int64_t size = gate_up.size(1) / 2;
-  products.multiply(columns(gate_up, 0, size), normed, gate_weight);
-  products.multiply(columns(gate_up, size, size), normed, up_weight);
-}
+// What a thread keeps from call to call: fresh pages cost a tenth of a call's time.
+struct Memory {
+  ReusedMemory<std::byte> normed;
+  ReusedMemory<std::byte> product;
+  ReusedMemory<std::byte> gate_up;
+  ReusedMemory<std::byte> grad_gate_up;
+  ReusedMemory<float> left;
+  PackedRight gate_weight;
+  PackedRight up_weight;
+  PackedRight down_weight;
+  PackedRight activations;
+
+  int64_t bytes() const {
+    return normed.bytes() + product.bytes() + gate_up.bytes() + grad_gate_up.bytes() +
+           left.bytes() + gate_weight.bytes() + up_weight.bytes() + down_weight.bytes() +
+           activations.bytes();
+  }
+};
+
+// The calling thread's memory, for the time of one call. More than 64 MB of it are given back.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() {
+    if (memory_.bytes() > kMostKeptBytes) memory_ = Memory();
+  }
+  Memory* operator->() { return &memory_; }
+
+  // A matrix in one part of it, of the dtype of `like`.
+  Tensor matrix(ReusedMemory<std::byte>& part, const Tensor& like, int64_t num_rows, int64_t size) {
+    const int64_t bytes = num_rows * size * static_cast<int64_t>(like.element_size());
+    return torch::stable::from_blob(
+        part.at_least(std::max<int64_t>(bytes, 1)), {num_rows, size}, {size, 1},
+        torch::stable::Device(torch::headeronly::DeviceType::CPU), like.scalar_type());
+  }
+
+ private:
+  static constexpr int64_t kMostKeptBytes = int64_t{64} << 20;
+  inline static thread_local Memory thread_memory_;
+  Memory& memory_ = thread_memory_;
+};
 
 struct Weights {
   Tensor norm;
@@ -99,28 +136,29 @@ void forward(const Tensor& x, const Weights& weights, double eps, Tensor& out, T
   const int64_t size = weights.size();
   const bool keeps = gate_up.size(0) == num_rows;
   const int64_t block = std::min(num_rows, block_rows());
-  Tensor normed = fresh(x, {block, hidden_size});
-  Tensor product = fresh(x, {block, size});
-  Tensor passing = fresh(x, {keeps ? 0 : block, 2 * size});
+  Workspace memory;
+  Tensor normed = memory.matrix(memory->normed, x, block, hidden_size);
+  Tensor product = memory.matrix(memory->product, x, block, size);
+  Tensor passing = memory.matrix(memory->gate_up, x, keeps ? 0 : block, 2 * size);
+  const RightOperand gate(transposed(weights.gate), num_rows, memory->gate_weight);
+  const RightOperand up(transposed(weights.up), num_rows, memory->up_weight);
+  const RightOperand down(transposed(weights.down), num_rows, memory->down_weight);
   const S* norm_weight = weights.norm.const_data_ptr<S>();
-  Products products;
-  const RightOperand gate_weight(transposed(weights.gate), num_rows);
-  const RightOperand up_weight(transposed(weights.up), num_rows);
-  const RightOperand down_weight(transposed(weights.down), num_rows);
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       rms_norm<S>({row_of<S>(x, start + first), norm_weight, row_of<S>(normed, first),
                    rstd.mutable_data_ptr<ComputeOf<S>>() + start + first, n, hidden_size, eps});
     });
-    Tensor some_gate_up = keeps ? rows(gate_up, start, count) : rows(passing, 0, count);
-    multiply_gate_up(products, rows(normed, 0, count), gate_weight, up_weight, some_gate_up);
+    const Tensor some_normed = rows(normed, 0, count);
+    const Tensor products = keeps ? rows(gate_up, start, count) : rows(passing, 0, count);
+    multiply(columns(products, 0, size), some_normed, gate, memory->left);
+    multiply(columns(products, size, size), some_normed, up, memory->left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      swiglu<S>(
-          {row_of<S>(std::as_const(some_gate_up), first), row_of<S>(product, first), n, size});
+      swiglu<S>({row_of<S>(products, first), row_of<S>(product, first), n, size});
     });
-    products.multiply_onto(rows(out, start, count), rows(x, start, count), rows(product, 0, count),
-                           down_weight);
+    multiply_onto(rows(out, start, count), rows(x, start, count), rows(product, 0, count), down,
+                  memory->left);
   }
 }
 
@@ -142,38 +180,43 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
   const bool kept = gate_up.size(0) == num_rows;
   const int64_t block =
       std::min(num_rows, weight_grads && !accumulates(x) ? num_rows : block_rows());
-  Tensor normed = fresh(x, {weight_grads || !kept ? block : 0, hidden_size});
-  Tensor product = fresh(x, {block, size});
-  Tensor grad_gate_up = fresh(x, {block, 2 * size});
-  Tensor again = fresh(x, {kept ? 0 : block, 2 * size});
+  const bool needs_normed = weight_grads || !kept;
+  Workspace memory;
+  Tensor normed = memory.matrix(memory->normed, x, needs_normed ? block : 0, hidden_size);
+  Tensor product = memory.matrix(memory->product, x, block, size);
+  Tensor grad_gate_up = memory.matrix(memory->grad_gate_up, x, block, 2 * size);
+  Tensor again = memory.matrix(memory->gate_up, x, kept ? 0 : block, 2 * size);
   // A row of partial sums for every task.
   const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
   Tensor partial = torch::stable::new_zeros(x, {num_tasks, hidden_size}, compute_type(x));
   const S* norm_weight = weights.norm.const_data_ptr<S>();
   const T* rstds = rstd.const_data_ptr<T>();
-  Products products;
-  RightOperand right;
-  const RightOperand down_weight(weights.down, num_rows);
-  const RightOperand gate_weight(weights.gate, num_rows);
-  const RightOperand up_weight(weights.up, num_rows);
+  const RightOperand down(weights.down, num_rows, memory->down_weight);
+  const RightOperand gate(weights.gate, num_rows, memory->gate_weight);
+  const RightOperand up(weights.up, num_rows, memory->up_weight);
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
-    const Tensor some_normed = rows(normed, 0, normed.size(0) == 0 ? 0 : count);
-    if (some_normed.size(0) != 0) {
+    const Tensor some_normed = rows(normed, 0, needs_normed ? count : 0);
+    if (needs_normed) {
       for_row_tasks(count, [&](int64_t first, int64_t n) {
         rms_norm_again<S>({row_of<S>(x, start + first), norm_weight, rstds + start + first,
                            row_of<S>(normed, first), n, hidden_size});
       });
     }
-    Tensor some_gate_up = kept ? rows(gate_up, start, count) : rows(again, 0, count);
+    const Tensor products = kept ? rows(gate_up, start, count) : rows(again, 0, count);
     if (!kept) {
-      multiply_gate_up(products, some_normed, {transposed(weights.gate), count},
-                       {transposed(weights.up), count}, some_gate_up);
+      const auto multiply_again = [&](const Tensor& part, const Tensor& weight) {
+        const RightOperand right(transposed(weight), count, memory->activations);
+        multiply(part, some_normed, right, memory->left);
+      };
+      multiply_again(columns(products, 0, size), weights.gate);
+      multiply_again(columns(products, size, size), weights.up);
     }
     const Tensor some_grad_out = rows(grad_out, start, count);
-    products.multiply(rows(product, 0, count), some_grad_out, down_weight);
+    const Tensor some_product = rows(product, 0, count);
+    multiply(some_product, some_grad_out, down, memory->left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      swiglu_backward<S>({row_of<S>(std::as_const(some_gate_up), first), row_of<S>(product, first),
+      swiglu_backward<S>({row_of<S>(products, first), row_of<S>(product, first),
                           row_of<S>(grad_gate_up, first), n, size});
     });
     const Tensor some_grads = rows(grad_gate_up, 0, count);
@@ -182,20 +225,22 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
     if (weight_grads) {
       const auto accumulate = [&](Tensor& sum, const Tensor& a, const RightOperand& b) {
         if (start == 0) {
-          products.multiply(sum, transposed(a), b);
+          multiply(sum, transposed(a), b, memory->left);
         } else {
-          products.multiply_onto(sum, sum, transposed(a), b);
+          multiply_onto(sum, sum, transposed(a), b, memory->left);
         }
       };
-      right.assign(rows(product, 0, count), hidden_size);
-      accumulate(gradients.down_weight, some_grad_out, right);
-      right.assign(some_normed, size);
+      {
+        const RightOperand right(some_product, hidden_size, memory->activations);
+        accumulate(gradients.down_weight, some_grad_out, right);
+      }
+      const RightOperand right(some_normed, size, memory->activations);
       accumulate(gradients.gate_weight, grad_gate, right);
       accumulate(gradients.up_weight, grad_up, right);
     }
     Tensor grad_x = rows(gradients.x, start, count);
-    products.multiply(grad_x, grad_gate, gate_weight);
-    products.multiply_onto(grad_x, grad_x, grad_up, up_weight);
+    multiply(grad_x, grad_gate, gate, memory->left);
+    multiply_onto(grad_x, grad_x, grad_up, up, memory->left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       rms_norm_backward<S>({row_of<S>(x, start + first), norm_weight, rstds + start + first,
                             row_of<S>(grad_out, start + first), row_of<S>(grad_x, first),

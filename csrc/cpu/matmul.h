@@ -102,6 +102,11 @@ class ReusedMemory {
     return memory_ ? memory_->get() : nullptr;
   }
   T* get() const { return memory_ ? memory_->get() : nullptr; }
+  int64_t bytes() const { return count_ * static_cast<int64_t>(sizeof(T)); }
+  void release() {
+    memory_.reset();
+    count_ = 0;
+  }
 
  private:
   std::optional<WorkingMemory<T>> memory_;

@@ -38,61 +38,56 @@ inline Matrix<const float> matrix_of(const Tensor& tensor) {
           tensor.stride(1)};
 }
 
+// Products of float32 matrices are this library's own where that is faster, others are torch's.
+inline bool multiplies(const Tensor& right, int64_t left_rows) {
+  // Packing has to be worth it.
+  constexpr int64_t kFewestRows = 64;
+  const bool contiguous = right.stride(0) == 1 || right.stride(1) == 1;
+  return right.scalar_type() == ScalarType::Float && contiguous && left_rows >= kFewestRows &&
+         right.numel() > 0 && sgemm_serves();
+}
+
 // The right operand of products: packed once, used by as many as there are.
 class RightOperand {
  public:
-  RightOperand() = default;
-  RightOperand(const Tensor& matrix, int64_t left_rows) { assign(matrix, left_rows); }
-
-  // `left_rows` will be multiplied by it: packing has to be worth it.
-  void assign(const Tensor& matrix, int64_t left_rows) {
-    constexpr int64_t kFewestRows = 64;
-    matrix_ = matrix;
-    const bool contiguous = matrix.stride(0) == 1 || matrix.stride(1) == 1;
-    is_packed_ = matrix.scalar_type() == ScalarType::Float && contiguous &&
-                 left_rows >= kFewestRows && matrix.numel() > 0 && sgemm_serves();
-    if (is_packed_) packed_.pack(matrix_of(matrix));
+  // `left_rows` will be multiplied by it; `packed` is overwritten and used until the end.
+  RightOperand(const Tensor& matrix, int64_t left_rows, PackedRight& packed)
+      : matrix_(matrix), packed_(multiplies(matrix, left_rows) ? &packed : nullptr) {
+    if (packed_ != nullptr) packed_->pack(matrix_of(matrix));
   }
 
   const Tensor& matrix() const { return matrix_; }
-  bool is_packed() const { return is_packed_; }
-  const PackedRight& packed() const { return packed_; }
+  const PackedRight* packed() const { return packed_; }
 
  private:
   Tensor matrix_;
-  PackedRight packed_;
-  bool is_packed_ = false;
+  PackedRight* packed_;
 };
 
-// Products, one after the other, in the same working memory.
-class Products {
- public:
-  // out = a b
-  void multiply(Tensor out, const Tensor& a, const RightOperand& b) {
-    if (b.is_packed()) {
-      sgemm(result_of(out), nullptr, matrix_of(a), b.packed(), left_);
-    } else {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.matrix().get()));
-    }
+// out = a b; `left` is working memory.
+inline void multiply(Tensor out, const Tensor& a, const RightOperand& b,
+                     ReusedMemory<float>& left) {
+  if (b.packed() == nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.matrix().get()));
+    return;
   }
+  const Matrix<float> result{out.mutable_data_ptr<float>(), out.size(0), out.size(1),
+                             out.stride(0)};
+  sgemm(result, nullptr, matrix_of(a), *b.packed(), left);
+}
 
-  // out = start + a b; start may be out
-  void multiply_onto(Tensor out, const Tensor& start, const Tensor& a, const RightOperand& b) {
-    if (b.is_packed()) {
-      const Matrix<const float> from = matrix_of(start);
-      sgemm(result_of(out), &from, matrix_of(a), b.packed(), left_);
-    } else {
-      STABLE_TORCH_ERROR_CODE_CHECK(
-          aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.matrix().get(), 1.0, 1.0));
-    }
+// out = start + a b; start may be out.
+inline void multiply_onto(Tensor out, const Tensor& start, const Tensor& a, const RightOperand& b,
+                          ReusedMemory<float>& left) {
+  if (b.packed() == nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.matrix().get(), 1.0, 1.0));
+    return;
   }
-
- private:
-  static Matrix<float> result_of(Tensor& out) {
-    return {out.mutable_data_ptr<float>(), out.size(0), out.size(1), out.stride(0)};
-  }
-
-  ReusedMemory<float> left_;
-};
+  const Matrix<float> result{out.mutable_data_ptr<float>(), out.size(0), out.size(1),
+                             out.stride(0)};
+  const Matrix<const float> from = matrix_of(start);
+  sgemm(result, &from, matrix_of(a), *b.packed(), left);
+}
 
 }  // namespace calm

@@ -21,6 +21,9 @@ class PackedRight {
   // Panel of columns [32 panel, 32 panel + 32) and the rows of one step of the sum.
   const float* panel(int64_t first_row, int64_t num_rows, int64_t panel) const;
 
+  int64_t bytes() const { return data_.bytes(); }
+  void release() { data_.release(); }
+
  private:
   int64_t rows_ = 0;
   int64_t columns_ = 0;
