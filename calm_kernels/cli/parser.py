@@ -136,7 +136,10 @@ def _train(commands: Any) -> None:
         "--head", choices=HEADS, help="what draws the next latent (energy; others to compare with)"
     )
     energy.add_argument(
-        "--num-samples", type=int, metavar="N", help="head samples, or draws of the loss, a position"
+        "--num-samples",
+        type=int,
+        metavar="N",
+        help="head samples, or draws of the loss, a position",
     )
     energy.add_argument(
         "--sampling-steps", type=int, metavar="S", help="of the flow (10) or diffusion (100) head"

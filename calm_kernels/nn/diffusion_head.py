@@ -35,8 +35,8 @@ def signal_powers(schedule: str, steps: int) -> Tensor:
         betas = (1 - cosines[1:] / cosines[:-1]).clamp(max=_LARGEST_BETA)
     elif schedule == "linear":
         scale = TRAINING_STEPS / steps
-        ends = (scale * beta for beta in _LINEAR_BETAS)
-        betas = torch.linspace(*ends, steps, dtype=torch.float64).clamp(max=_LARGEST_BETA)
+        first, last = (scale * beta for beta in _LINEAR_BETAS)
+        betas = torch.linspace(first, last, steps, dtype=torch.float64).clamp(max=_LARGEST_BETA)
     else:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}; got {schedule!r}")
     return torch.cumprod(1 - betas, dim=0)
@@ -100,7 +100,7 @@ class DiffusionHead(DenoisingHead):
             power = float(powers[numbers[i]])
             previous = float(powers[numbers[i - 1]]) if i > 0 else 1.0
             times = torch.full((1, 1), numbers[i] / self.training_steps, device=device)
-            v = self.net(x, times, condition)
+            v: Tensor = self.net(x, times, condition)
             clean = math.sqrt(power) * x - math.sqrt(1 - power) * v
             if i == 0:
                 return clean
