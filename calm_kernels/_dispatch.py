@@ -32,6 +32,8 @@ _log = logging.getLogger("calm_kernels")
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _operators: dict[str, Operator] = {}
 _announced: set[tuple[str, str]] = set()
+_choices: dict[tuple[str, str, str], str] = {}
+"""What was chosen: libraries come and stay, and a look is 4 microseconds."""
 
 
 def _checked_backend(name: str, origin: str) -> str:
@@ -118,6 +120,13 @@ def operators() -> dict[str, Operator]:
 
 def _choose(name: str, device_type: str, forced: str) -> str:
     """The overload that serves. Under torch.compile this runs once, at trace time."""
+    key = (name, device_type, forced)
+    if (known := _choices.get(key)) is None:
+        known = _choices[key] = _find(*key)
+    return known
+
+
+def _find(name: str, device_type: str, forced: str) -> str:
     operator = _operators[name]
     if forced != "auto":
         if (problem := operator.why_not(forced, device_type)) is not None:

@@ -26,7 +26,7 @@ FLOORS = (
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # Floors on which every operation stands alone, and what its module may share.
 ALONE = ("reference", "triton", "ops")
-SHARED = {"calm_kernels.reference.philox"}
+SHARED = {"calm_kernels.reference.philox", "calm_kernels.triton.specialization"}
 OPERATIONS = (
     "brier",
     "energy_score",

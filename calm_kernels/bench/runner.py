@@ -194,7 +194,8 @@ def _prepare_and_check(
     row = replace(row, error=check.error, bound=check.bound, measure=check.measure)
     if not check.passed:
         return replace(row, status="FAIL", note=_excess(check)), None
-    return row, runnable
+    note = variant.note(case, prepared.input_sets[0]) if variant.note is not None else ""
+    return replace(row, note=note), runnable
 
 
 def _check(workload: Workload, variant: Variant, prepared: Prepared, outputs: Outputs) -> Check:

@@ -99,6 +99,7 @@ class Variant:
         operators: operators of the package that this backend has to serve.
         missing: why it cannot run here, or None.
         exact, check, cost: in place of the workload's own.
+        note: a line about the inputs of a call, to stand beside the time.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Variant:
     exact: ExactFunction | None = None
     check: CheckFunction | None = None
     cost: CostFunction | None = None
+    note: Callable[[Case, Inputs], str] | None = None
 
     def why_not(self, case: Case) -> str | None:
         """Why this variant cannot run a case; None if it can."""

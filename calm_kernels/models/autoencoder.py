@@ -20,9 +20,8 @@ from calm_kernels.models.checkpoint import (
 from calm_kernels.models.configuration import AutoencoderConfig
 from calm_kernels.models.initialization import CalmPreTrainedModel
 from calm_kernels.models.inputs import IGNORE_INDEX, check_ids, real_tokens, to_patches
+from calm_kernels.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from calm_kernels.nn.patch_codec import PatchDecoder, PatchEncoder
-from calm_kernels.ops.linear_argmax import linear_argmax
-from calm_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.ops.random import philox_normal, philox_uniform
 from calm_kernels.reference.philox import Stream
 
@@ -38,7 +37,8 @@ class AutoencoderOutput(ModelOutput):
         loss: scalar; what training minimises, or the mean token loss in evaluation.
         token_loss: mean cross entropy of the tokens that count.
         kl_loss: mean over patches of the clamped KL divergence from the standard normal.
-        token_accuracy: share of tokens decoded right; evaluation mode only.
+        token_accuracy: share of the tokens that count whose logit is the largest; in training mode
+            of noisy latents.
         mean, log_std: the posterior, each [B, L/K, D].
     """
 
@@ -79,6 +79,7 @@ class Autoencoder(CalmPreTrainedModel):
             *sizes, config.num_encoder_layers, token_dropout=dropout, eps=config.rms_norm_eps
         )
         self.decoder = PatchDecoder(*sizes, config.num_decoder_layers, eps=config.rms_norm_eps)
+        self.cross_entropy = LinearCrossEntropyLoss(drop_mass=config.drop_mass, return_info=True)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -131,9 +132,13 @@ class Autoencoder(CalmPreTrainedModel):
         return logits.reshape(*latents.shape[:-1], *logits.shape[1:])
 
     def fold(self) -> Autoencoder:
-        """Give the encoder its lookup tables, or renew them; for weights that stay put."""
-        folded = self.encoder.folded
-        if folded is None or folded.is_stale():
+        """Give the encoder its lookup tables, or renew them; for weights that stay put.
+
+        Compiled code renews none: there, tables that became stale raise when they are used.
+        """
+        if self.encoder.folded is not None and torch.compiler.is_compiling():
+            return self
+        if self.encoder.folded is None or self.encoder.is_stale():
             config = self.config
             entries = config.patch_size * config.vocab_size * config.hidden_size
             self.encoder.fold("squeezed" if entries <= LARGEST_SQUEEZED_TABLES else "table")
@@ -147,7 +152,7 @@ class Autoencoder(CalmPreTrainedModel):
         Training mode: tokens are dropped from the input (replaced by id 0), the latent is drawn
         from the posterior and thinned by inverted dropout, and the loss is
         K * token_loss + kl_weight * kl_loss. Evaluation mode: the latent is the posterior's mean,
-        the loss is token_loss, and token_accuracy is computed.
+        the loss is token_loss.
 
         Args:
             input_ids: int64 or int32 token ids [B, L], L a multiple of K.
@@ -174,23 +179,16 @@ class Autoencoder(CalmPreTrainedModel):
         mean, log_std = self.encoder(patches.flatten(0, 1), seed)
         latents = self._noisy(mean, log_std, seed) if self.training else mean
         hidden = self.decoder.hidden_states(latents)
-        head = self.decoder.lm_head_weight
-        drop_mass = config.drop_mass if self.training else 0.0
-        token_loss = linear_cross_entropy(hidden, head, targets, drop_mass=drop_mass)
+        token_loss, info = self.cross_entropy(hidden, self.decoder.lm_head_weight, targets)
         kl_loss = self._kl(mean, log_std, targets if real is not None else None)
-        accuracy = None
+        loss = token_loss
         if self.training:
             loss = config.patch_size * token_loss + config.kl_weight * kl_loss
-        else:
-            loss = token_loss
-            with torch.no_grad():
-                right = linear_argmax(hidden, head) == targets
-                accuracy = right.sum() / (targets != IGNORE_INDEX).sum()
         return AutoencoderOutput(
             loss=loss,
             token_loss=token_loss,
             kl_loss=kl_loss,
-            token_accuracy=accuracy,
+            token_accuracy=info.correct.sum() / info.num_rows,
             mean=mean.unflatten(0, batch),
             log_std=log_std.unflatten(0, batch),
         )

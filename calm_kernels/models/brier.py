@@ -169,6 +169,7 @@ def chain_scores(
 
 def _rates(draws: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Rates of hits and of coinciding pairs: draws [S, B, m, K], truth [B, m, K] -> [B, m, K]."""
-    rates = brier_rates(draws.flatten(1, 2), truth.flatten(0, 1), max_ngram=truth.shape[-1])
+    draws, truth = draws.flatten(1, 2), truth.to(draws.dtype)
+    rates = brier_rates(draws, truth.flatten(0, 1), max_ngram=truth.shape[-1])
     hit_rates, pair_rates = (rate.unflatten(0, truth.shape[:-1]) for rate in rates)
     return hit_rates, pair_rates

@@ -14,6 +14,10 @@ LARGEST_BATCH = 2**14
 """Patches drawn and decoded at once; bounds the memory of the head and of the decoder."""
 
 
+_DRAWS_PER_SEQUENCE = 2**32
+"""Philox rows of the head's noise set aside for each sequence: row = sequence * 2^32 + draw."""
+
+
 def draw_patches(model: EnergyTransformer, hidden: Tensor, noise: Tensor) -> Tensor:
     """Turn noise into patches of tokens.
 
@@ -30,3 +34,12 @@ def draw_patches(model: EnergyTransformer, hidden: Tensor, noise: Tensor) -> Ten
         for part in noise.split(at_once)
     ]
     return torch.cat(tokens)
+
+
+def noise_rows(sequences: Tensor, first: int, count: int) -> Tensor:
+    """Philox rows of the head's noise for draws [first, first + count) of some sequences.
+
+    int64 [A] -> [count * A], draw by draw.
+    """
+    numbers = torch.arange(first, first + count, device=sequences.device)
+    return (sequences * _DRAWS_PER_SEQUENCE + numbers.unsqueeze(1)).flatten()

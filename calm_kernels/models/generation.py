@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from calm_kernels import _checks
-from calm_kernels.models.inputs import position_ids
+from calm_kernels.models.cached_backbone import Backbone, StaticBackbone, make_backbone
+from calm_kernels.models.device_steps import DeviceSteps
 from calm_kernels.models.patch_sampler import SAMPLERS, Choice, PatchSampler
 from calm_kernels.models.sequences import (
     GenerationOutput,
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from calm_kernels.models.energy_transformer import EnergyTransformer
 
 DEFAULT_MAX_DRAWS = 8192
+
+_STEPS_BETWEEN_LOOKS = 8
+"""Patches that a GPU draws before the host looks for ends among them."""
+_WORTH_LEAVING_OUT = 0.75
+"""Ended sequences are left out of the batch once no more than this share of it goes on."""
 
 
 @torch.no_grad()
@@ -67,7 +72,8 @@ def generate(
         max_draws: most draws per patch of the exact sampler, after which a vote among
             ``num_candidates`` decides and ``accepted`` says so; and of the search for draws that
             continue a prompt.
-        on_patch: called after every step with each sequence's new tokens.
+        on_patch: called for every step with each sequence's new tokens; on a GPU for several
+            steps at a time, when the host next looks at them.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape, no prompt, an id outside the vocabulary, an
@@ -84,78 +90,148 @@ def generate(
     _checks.at_least("max_draws", max_draws, 1)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {sampler!r}")
-    base_seed = as_int_seed(seed)
-
-    contexts, beginnings = _split_prompts(model, prompts)
-    backbone = _CachedBackbone(model, contexts)
-    choices: dict[int, list[Choice]] = {b: [] for b in range(len(prompts))}
-    for step in itertools.count():
-        options = (seed_of_step(base_seed, step), num_candidates, max_draws, sampler)
-        chosen = PatchSampler(model, backbone.hidden, *options).sample(
-            sequences.active, temperatures, beginnings
-        )
-        unmatched = [b for b, choice in chosen.items() if not choice.matched]
-        if unmatched:
-            for b in unmatched:
-                contexts[b] = _cut_anew(model, prompts[b])
-                beginnings[b] = []
-                choices[b].append(chosen[b])
-            backbone = _CachedBackbone(model, contexts)
-            chosen |= PatchSampler(model, backbone.hidden, *options).sample(
-                unmatched, temperatures, beginnings
-            )
-        for b, choice in chosen.items():
-            choices[b].append(choice)
-        kept = sequences.append({b: c.tokens[len(beginnings[b]) :] for b, c in chosen.items()})
-        if on_patch is not None:
-            on_patch(kept)
-        if not sequences.active:
-            break
-        beginnings = [[] for _ in prompts]
-        backbone.feed({b: choice.tokens for b, choice in chosen.items()})
-    rows = choices.values()
-    return sequences.output(
-        backbone.hidden.device,
-        accepted=[all(choice.accepted for choice in row) for row in rows],
-        prompt_matched=[all(choice.matched for choice in row) for row in rows],
-        mean_draws=[sum(c.num_draws for c in row) / sum(c.matched for c in row) for row in rows],
-    )
+    sampling = _Sampling(as_int_seed(seed), num_candidates, max_draws, sampler)
+    steps = _Steps(model, prompts, sequences, temperatures, sampling, on_patch)
+    steps.run()
+    return steps.output()
 
 
-class _CachedBackbone:
-    """The backbone with its keys and values, over sequences of different lengths.
+@dataclass(frozen=True)
+class _Sampling:
+    """How patches are chosen; as of :func:`generate`."""
 
-    Args:
-        model: the language model.
-        contexts: tokens of whole patches, at least one patch per sequence. Shorter sequences are
-            filled on the left with patches that are never attended to.
+    seed: int
+    num_candidates: int
+    max_draws: int
+    sampler: str
+
+
+class _Steps:
+    """One call of ``generate`` under way.
+
+    The first step is special where a prompt ends inside a patch. The others run on the device
+    without the host, where the choice is a vote and the backbone allows it.
     """
 
-    def __init__(self, model: EnergyTransformer, contexts: list[list[int]]) -> None:
+    def __init__(
+        self,
+        model: EnergyTransformer,
+        prompts: list[list[int]],
+        sequences: Sequences,
+        temperatures: Tensor,
+        sampling: _Sampling,
+        on_patch: OnPatch | None,
+    ) -> None:
         self._model = model
-        self._device = model.transformer.embed_tokens.weight.device
-        self._cache = DynamicCache(config=model.config)
-        patch_size = model.config.patch_size
-        lengths = [len(context) // patch_size for context in contexts]
-        longest = max(lengths)
-        self._mask = torch.tensor(
-            [[0] * (longest - n) + [1] * n for n in lengths], device=self._device
+        self._prompts = prompts
+        self._sequences = sequences
+        self._temperatures = temperatures
+        self._sampling = sampling
+        self._on_patch = on_patch
+        self._most_steps = sequences.most_patches(model.config.patch_size)
+        self._choices: list[list[Choice]] = [[] for _ in prompts]
+        self._num_done = 0
+        self._backbone: Backbone
+
+    def run(self) -> None:
+        """All steps."""
+        contexts, beginnings = _split_prompts(self._model, self._prompts)
+        self._backbone = make_backbone(self._model, contexts, self._most_steps)
+        last = None
+        if any(beginnings):
+            chosen = self._sample(self._sequences.active, beginnings)
+            unmatched = [b for b, choice in chosen.items() if not choice.matched]
+            for b in unmatched:
+                contexts[b] = _cut_anew(self._model, self._prompts[b])
+                beginnings[b] = []
+                self._choices[b].append(chosen[b])
+            if unmatched:
+                self._backbone = make_backbone(self._model, contexts, self._most_steps)
+                chosen |= self._sample(unmatched, beginnings)
+            last = self._take(chosen, beginnings)
+        if not self._sequences.active:
+            return
+        votes = self._sampling.sampler == "batch" or bool((self._temperatures == 1).all())
+        if votes and isinstance(self._backbone, StaticBackbone):
+            self._run_on_device(self._backbone, last)
+        else:
+            self._run_with_host(last)
+
+    def _sample(self, sequences: list[int], beginnings: list[list[int]]) -> dict[int, Choice]:
+        how = self._sampling
+        seed = seed_of_step(how.seed, self._num_done)
+        sampler = PatchSampler(
+            self._model,
+            self._backbone.hidden,
+            seed,
+            how.num_candidates,
+            how.max_draws,
+            how.sampler,
         )
-        filled = [[0] * (longest * patch_size - len(context)) + context for context in contexts]
-        patches = torch.tensor(filled, device=self._device).reshape(len(filled), longest, -1)
-        self.hidden = self._run(patches)
-        """What the head reads to draw the next patch of each sequence, [B, H]."""
+        return sampler.sample(sequences, self._temperatures, beginnings)
 
-    def feed(self, tokens: dict[int, list[int]]) -> None:
-        """Append a patch to each sequence; those that are not given get an idle one."""
+    def _take(self, chosen: dict[int, Choice], beginnings: list[list[int]]) -> Tensor:
+        """Note what was chosen; returns the patches to feed, those of ended sequences idle."""
+        for b, choice in chosen.items():
+            self._choices[b].append(choice)
+        self._append({b: c.tokens[len(beginnings[b]) :] for b, c in chosen.items()})
+        self._num_done += 1
         idle = [0] * self._model.config.patch_size
-        rows = [tokens.get(b, idle) for b in range(len(self._mask))]
-        self._mask = torch.cat((self._mask, torch.ones_like(self._mask[:, :1])), dim=1)
-        self.hidden = self._run(torch.tensor(rows, device=self._device).unsqueeze(1))
+        rows = [chosen[b].tokens if b in chosen else idle for b in range(len(self._prompts))]
+        return torch.tensor(rows, device=self._backbone.hidden.device)
 
-    def _run(self, patches: Tensor) -> Tensor:
-        positions = position_ids(self._mask)[:, -patches.shape[1] :]
-        return self._model.hidden_states(patches, self._mask, positions, self._cache)[:, -1]
+    def _append(self, tokens: dict[int, list[int]]) -> None:
+        kept = self._sequences.append(tokens)
+        if self._on_patch is not None:
+            self._on_patch(kept)
+
+    def _run_with_host(self, last: Tensor | None) -> None:
+        nothing: list[list[int]] = [[] for _ in self._prompts]
+        while self._sequences.active:
+            if last is not None:
+                self._backbone.feed(last)
+            last = self._take(self._sample(self._sequences.active, nothing), nothing)
+
+    def _run_on_device(self, backbone: StaticBackbone, last: Tensor | None) -> None:
+        sampling = self._sampling
+        numbers = range(self._num_done, self._most_steps)
+        steps = DeviceSteps(
+            self._model,
+            backbone,
+            self._temperatures,
+            sampling.num_candidates,
+            [seed_of_step(sampling.seed, step) for step in numbers],
+            last,
+        )
+        # A look costs a GPU a stall; a CPU nothing, and steps past the end of a sequence do.
+        between_looks = _STEPS_BETWEEN_LOOKS if backbone.capturable else 1
+        while active := self._sequences.active:
+            if len(active) <= _WORTH_LEAVING_OUT * len(steps.sequences):
+                steps.keep(active)
+            num_candidates = steps.num_candidates
+            count = min(between_looks, self._most_steps - self._num_done)
+            for patches in steps.run(count).tolist():
+                by_sequence = dict(zip(steps.sequences, patches, strict=True))
+                wanted = self._sequences.active
+                if not wanted:
+                    break
+                for b in wanted:
+                    draws = 1 if self._temperatures[b] == 1 else num_candidates
+                    self._choices[b].append(Choice(by_sequence[b], draws))
+                self._append({b: by_sequence[b] for b in wanted})
+            self._num_done += count
+
+    def output(self) -> GenerationOutput:
+        """The result."""
+        rows = self._choices
+        return self._sequences.output(
+            self._backbone.hidden.device,
+            accepted=[all(choice.accepted for choice in row) for row in rows],
+            prompt_matched=[all(choice.matched for choice in row) for row in rows],
+            mean_draws=[
+                sum(c.num_draws for c in row) / sum(c.matched for c in row) for row in rows
+            ],
+        )
 
 
 def _temperatures(temperature: float | Tensor, batch_size: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from calm_kernels.models.draws import draw_patches
+from calm_kernels.models.draws import draw_patches, noise_rows
 from calm_kernels.ops.random import philox_uniform
 from calm_kernels.ops.temperature_sampling import (
     batch_temperature_sample,
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from calm_kernels.models.energy_transformer import EnergyTransformer
 
 SAMPLERS = ("batch", "exact")
-
-_DRAWS_PER_SEQUENCE = 2**32
-"""Philox rows of the head's noise set aside for each sequence: row = sequence * 2^32 + draw."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,10 @@ class PatchSampler:
 
         A draw depends on the seed, its sequence and its number, on nothing else.
         """
-        numbers = torch.arange(first, first + count, device=sequences.device)
-        rows = sequences * _DRAWS_PER_SEQUENCE + numbers.unsqueeze(1)
+        rows = noise_rows(sequences, first, count)
         width = self._model.mlp_generator.noise_size
-        noise = philox_uniform(self._seed, rows.flatten(), width, Stream.HEAD_NOISE) - 0.5
-        noise = noise.reshape(*rows.shape, width)
+        noise = philox_uniform(self._seed, rows, width, Stream.HEAD_NOISE) - 0.5
+        noise = noise.reshape(count, len(sequences), width)
         return draw_patches(self._model, self._hidden[sequences], noise).transpose(0, 1)
 
     def sample(
@@ -85,18 +81,23 @@ class PatchSampler:
             beginnings: tokens that the patch must begin with, for all sequences.
         """
         free = [b for b in sequences if not beginnings[b]]
-        choices = self._sample_free(free, temperatures[free]) if free else {}
+        at_one = [b for b in free if temperatures[b] == 1]
+        colder = [b for b in free if temperatures[b] != 1]
+        choices = self._sample_at_one(at_one) if at_one else {}
+        if colder:
+            choices |= self._sample_colder(colder, temperatures[colder])
         for b in sequences:
             if beginnings[b]:
                 choices[b] = self._sample_given(b, temperatures[b : b + 1], beginnings[b])
         return choices
 
-    def _sample_free(self, sequences: list[int], temperatures: Tensor) -> dict[int, Choice]:
+    def _sample_at_one(self, sequences: list[int]) -> dict[int, Choice]:
+        tokens = self.draw(torch.tensor(sequences, device=self._hidden.device), 0, 1)[:, 0]
+        return _choices(sequences, tokens, [1] * len(sequences), [True] * len(sequences))
+
+    def _sample_colder(self, sequences: list[int], temperatures: Tensor) -> dict[int, Choice]:
         device = self._hidden.device
         rows = torch.tensor(sequences, device=device)
-        if bool((temperatures == 1).all()):
-            tokens = self.draw(rows, 0, 1)[:, 0]
-            return _choices(sequences, tokens, [1] * len(rows), [True] * len(rows))
         if not self._exact:
             tokens = self._vote(rows, self.draw(rows, 0, self.num_candidates), temperatures)
             return _choices(

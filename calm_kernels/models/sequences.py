@@ -133,6 +133,10 @@ class Sequences:
         """The sequences that want more tokens."""
         return [b for b, left in enumerate(self._remaining) if left > 0]
 
+    def most_patches(self, patch_size: int) -> int:
+        """Patches that complete all sequences if none ends early, wherever prompts end."""
+        return -(-max(self._remaining) // patch_size) + 1
+
     def append(self, new: dict[int, list[int]]) -> list[list[int]]:
         """Append tokens to active sequences, up to an end token and to the number asked for.
 

@@ -47,7 +47,8 @@ class DenoiserBlock(nn.Module):
         """x [P, N, W]; activated, silu of the condition, [P, N or 1, W]."""
         shift, scale, gate = self.modulation(activated).chunk(3, dim=-1)
         step: Tensor = self.mlp(_modulated(self.in_ln(x), shift, scale))
-        return x + gate * step
+        result: Tensor = x + gate * step
+        return result
 
 
 class Denoiser(nn.Module):

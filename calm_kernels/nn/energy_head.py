@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +44,8 @@ class EnergyHeadBlock(nn.Module):
 
     def forward(self, e: Tensor, condition: Tensor) -> Tensor:
         """e [P, N, H], condition [P, H] -> [P, N, H]; see :func:`energy_head_block`."""
-        layers = (self.in_ln, *self.linears[::2], self.down_proj)
-        weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        layers = (self.in_ln, *list(self.linears)[::2], self.down_proj)
+        weights: list[Any] = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         return energy_head_block(e, condition, *weights, eps=_NORM_EPS)
 
 

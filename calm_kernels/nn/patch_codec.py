@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -36,7 +36,9 @@ class FoldedEncoder:
     a sum. The tables are in the weights' dtype and carry no gradient.
 
     Made by :func:`fold_encoder`. Using it after a source weight was written to, replaced or moved
-    raises RuntimeError, in compiled code too. (Writes through ``Tensor.data`` are not seen.)
+    raises RuntimeError, in compiled code too. What is not seen: writes through ``Tensor.data`` on a
+    GPU, and such writes on the CPU that leave the sampled entries of
+    :func:`~calm_kernels.ops.patch_codec.weight_stamps` as they were.
     """
 
     mode: str
@@ -45,14 +47,27 @@ class FoldedEncoder:
     squeeze_bias: Tensor
     sources: tuple[Tensor, ...]
     stamps: tuple[int, ...]
+    _memory: tuple[Tensor, ...] = field(init=False, repr=False)
 
-    def is_stale(self) -> bool:
-        """Whether a source weight changed after folding."""
-        return weight_stamps(self.sources) != list(self.stamps)
+    def __post_init__(self) -> None:
+        # Kept from being freed: at an address that is used again a new weight would look old.
+        object.__setattr__(self, "_memory", tuple(source.detach() for source in self.sources))
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """ids [P, K] -> squeezed patches [P, H], as the unfolded first stage and squeeze give."""
-        ids = fresh_ids(ids, self.sources, self.stamps)
+    def is_stale(self, weights: Sequence[Tensor] | None = None) -> bool:
+        """Whether a source weight changed after folding.
+
+        Args:
+            weights: what stands in the place of ``sources`` now, if they may have been replaced.
+        """
+        weights = self.sources if weights is None else weights
+        return weight_stamps(weights) != list(self.stamps)
+
+    def __call__(self, ids: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """ids [P, K] -> squeezed patches [P, H], as the unfolded first stage and squeeze give.
+
+        ``weights`` as in :meth:`is_stale`.
+        """
+        ids = fresh_ids(ids, self.sources if weights is None else weights, self.stamps)
         if self.mode == "table":
             flat = folded_table_gather(ids, self.tables)
             return squeeze_patches(flat, self.squeeze_weight, self.squeeze_bias)
@@ -64,6 +79,16 @@ class FoldedEncoder:
         stamps = self.stamps if self.is_stale() else tuple(weight_stamps(sources))
         weight, bias = sources[-2:]
         return FoldedEncoder(self.mode, self.tables, weight, bias, sources, stamps)
+
+
+def _sources(
+    embedding: Tensor,
+    blocks: Sequence[GatedFFN],
+    squeeze_weight: Tensor,
+    squeeze_bias: Tensor,
+) -> tuple[Tensor, ...]:
+    parameters = [parameter for block in blocks for parameter in block.parameters()]
+    return (embedding, *parameters, squeeze_weight, squeeze_bias)
 
 
 def fold_encoder(
@@ -88,8 +113,7 @@ def fold_encoder(
     """
     if mode not in FOLD_MODES:
         raise ValueError(f"mode: expected one of {', '.join(FOLD_MODES)}; got {mode!r}")
-    parameters = [parameter for block in blocks for parameter in block.parameters()]
-    sources = (embedding, *parameters, squeeze_weight, squeeze_bias)
+    sources = _sources(embedding, blocks, squeeze_weight, squeeze_bias)
     stamps = tuple(weight_stamps(sources))
     with torch.no_grad(), torch.autocast(embedding.device.type, enabled=False):
         tables = embedding.detach().clone()
@@ -178,7 +202,7 @@ class PatchEncoder(nn.Module):
             RuntimeError: the tables are stale.
         """
         tables = self._usable_tables()
-        x = self._squeezed(ids, seed) if tables is None else tables(ids)
+        x = self._squeezed(ids, seed) if tables is None else tables(ids, self._sources())
         for block in self.encoder_layers[self._stage :]:
             x = block(x)
         mean, log_std = self.hidden_to_latent(self.norm(x)).chunk(2, dim=-1)
@@ -204,6 +228,14 @@ class PatchEncoder(nn.Module):
     def folded(self) -> FoldedEncoder | None:
         """The tables, if any."""
         return self._folded
+
+    def is_stale(self) -> bool:
+        """Whether there are tables and a weight that they stand for changed after folding."""
+        return self._folded is not None and self._folded.is_stale(self._sources())
+
+    def _sources(self) -> tuple[Tensor, ...]:
+        squeeze = self.squeeze_layer
+        return _sources(self.embed_tokens.weight, self._first_stage(), squeeze.weight, squeeze.bias)
 
     def _first_stage(self) -> list[GatedFFN]:
         return cast(list[GatedFFN], list(self.encoder_layers[: self._stage]))

@@ -5,7 +5,11 @@ from calm_kernels.ops.energy_head import energy_head_block
 from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
 from calm_kernels.ops.gated_ffn import gated_ffn
 from calm_kernels.ops.linear_argmax import linear_argmax
-from calm_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from calm_kernels.ops.linear_argmax_parallel import vocabulary_parallel_linear_argmax
+from calm_kernels.ops.linear_cross_entropy import LinearCrossEntropyInfo, linear_cross_entropy
+from calm_kernels.ops.linear_cross_entropy_parallel import (
+    vocabulary_parallel_linear_cross_entropy,
+)
 from calm_kernels.ops.patch_codec import (
     embed_flatten,
     expand_patches,
@@ -21,6 +25,7 @@ from calm_kernels.ops.temperature_sampling import (
 )
 
 __all__ = [
+    "LinearCrossEntropyInfo",
     "batch_temperature_sample",
     "brier_lm",
     "brier_rates",
@@ -40,4 +45,6 @@ __all__ = [
     "philox_uniform",
     "squeeze_patches",
     "squeezed_tables",
+    "vocabulary_parallel_linear_argmax",
+    "vocabulary_parallel_linear_cross_entropy",
 ]

@@ -11,6 +11,9 @@ from calm_kernels import _autocast, _checks
 from calm_kernels._dispatch import define
 from calm_kernels.reference import gated_ffn as reference
 
+# On a GPU the compiled library comes first and these kernels where it is absent.
+TRITON_MODULE = "calm_kernels.triton.gated_ffn"
+
 
 def _fake(
     x: Tensor,
@@ -52,6 +55,7 @@ _gated_ffn_backward = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_autocast.disabled(reference.gated_ffn_backward),
     fake=_fake_backward,
+    triton_module=TRITON_MODULE,
 )
 
 
@@ -77,6 +81,7 @@ _gated_ffn = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    triton_module=TRITON_MODULE,
 )
 
 

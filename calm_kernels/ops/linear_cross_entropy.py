@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,10 +13,29 @@ from calm_kernels.reference import linear_cross_entropy as reference
 
 REDUCTIONS = ("none", "mean", "sum")
 
-SMALLEST_SPARSE_VOCABULARY = 1024
-"""Below it ``drop_mass`` is taken as 0: the matmuls it saves cost less than its lists. Forward and
-backward of 2048 rows, H = 256, on one core: V = 258 takes 12.4 ms exact and 14.2 ms with lists (80%
-of rows sparse); V = 4096 takes 172 ms and 149 ms (49% sparse)."""
+SMALLEST_SPARSE_VOCABULARY = 256
+"""Below it ``drop_mass`` is taken as 0: lists of 64 entries would hold much of the vocabulary.
+Forward and backward of 2048 rows, H = 256, on two cores of an EPYC, exact and with lists: V = 258
+takes 11.0 ms and 3.8 ms (80% of rows sparse), V = 1024 takes 19.9 ms and 10.4 ms; with no row
+sparse both take the same time."""
+
+
+class LinearCrossEntropyInfo(NamedTuple):
+    """By-products of :func:`linear_cross_entropy`, on the device of its tensors.
+
+    Attributes:
+        correct: bool [*], whether the largest logit of a row is its target's (the lowest index on
+            ties, the first NaN if there is one); False where ignored.
+        num_rows: int64 scalar, rows that count.
+        num_sparse_rows: int64 scalar, how many of them get their gradient from a list. 0 where no
+            gradient is wanted, or gradients are exact.
+        largest_dropped_mass: float32 scalar, the most probability that one of these leaves out.
+    """
+
+    correct: Tensor
+    num_rows: Tensor
+    num_sparse_rows: Tensor
+    largest_dropped_mass: Tensor
 
 
 def _fake_rows(
@@ -31,11 +50,13 @@ def _fake_rows(
     rows, lists = hidden.shape[0], (hidden.shape[0], reference.list_capacity(drop_mass))
     return (
         hidden.new_empty((rows,), dtype=dtype),
+        hidden.new_empty((rows,), dtype=torch.bool),
         hidden.new_empty((rows,), dtype=dtype),
         hidden.new_empty((rows,), dtype=dtype),
         hidden.new_empty(lists, dtype=torch.int32),
         hidden.new_empty(lists, dtype=dtype),
         hidden.new_empty((rows,), dtype=torch.int32),
+        hidden.new_empty((3,), dtype=torch.float32),
     )
 
 
@@ -63,10 +84,13 @@ def _fake_rows_backward(
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, ctx.ignore_index, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(hidden, weight, bias, target, *output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of the size of the lists
+    ctx.save_for_backward(hidden, weight, bias, target, *output[2:7])
 
 
-def _backward_rows(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_rows(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 6
     wanted = list(ctx.needs_input_grad[:3])
     grads = _rows_backward(
         grad_loss.device, grad_loss.contiguous(), *ctx.saved_tensors, ctx.ignore_index, wanted
@@ -82,17 +106,19 @@ _rows_backward = define(
     "int ignore_index, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     reference=_autocast.disabled(reference.linear_cross_entropy_rows_backward),
     fake=_fake_rows_backward,
+    triton_module="calm_kernels.triton.linear_cross_entropy",
 )
 
 _rows = define(
     "linear_cross_entropy_rows",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
-    "float drop_mass) -> (Tensor loss, Tensor top, Tensor total, Tensor list_columns, "
-    "Tensor list_probabilities, Tensor list_length)",
+    "float drop_mass) -> (Tensor loss, Tensor correct, Tensor top, Tensor total, "
+    "Tensor list_columns, Tensor list_probabilities, Tensor list_length, Tensor statistics)",
     reference=_autocast.disabled(reference.linear_cross_entropy_rows),
     fake=_fake_rows,
     backward=_backward_rows,
     setup_context=_setup_rows,
+    triton_module="calm_kernels.triton.linear_cross_entropy",
 )
 
 
@@ -112,33 +138,66 @@ def _fake_reduced(
         hidden.new_empty(shape if want else (0,), dtype=dtype)
         for shape, want in zip(shapes, wanted, strict=True)
     )
-    return (hidden.new_empty((), dtype=dtype), *grads)
+    correct = hidden.new_empty(hidden.shape[:1], dtype=torch.bool)
+    statistics = hidden.new_empty((3,), dtype=torch.float32)
+    return (hidden.new_empty((), dtype=dtype), correct, statistics, *grads)
 
 
 def _setup_reduced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.ignore_index, ctx.drop_mass, ctx.mean, ctx.wanted = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)  # no zeros of the size of the gradients
+    ctx.save_for_backward(*tensors)
+    ctx.grads = output[3:]
 
 
-def _backward_reduced(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = (
-        (grad * grad_loss).to(ctx.dtype) if needed else None
-        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+def _backward_reduced(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 8
+    # The gradients are scaled where they are and handed out: a copy would hold the largest tensor
+    # of the whole call twice. Whoever goes through a retained graph again has them made again.
+    # Traced tensors are of a subclass; the compiler sees to their memory.
+    grads, ctx.grads = ctx.grads, None
+    if grads is None:
+        options = (ctx.ignore_index, ctx.drop_mass, ctx.mean, ctx.wanted)
+        _, _, _, *grads = _reduced(grad_loss.device, *ctx.saved_tensors, *options)
+    dtype = ctx.saved_tensors[0].dtype
+    scaled = (
+        (grad.mul_(grad_loss) if type(grad) is Tensor else grad * grad_loss).to(dtype)
+        if needed
+        else None
+        for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)
     )
-    return (*grads, None, None, None, None, None)
+    return (*scaled, None, None, None, None, None)
 
 
 _reduced = define(
     "linear_cross_entropy_reduced",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
     "float drop_mass, bool mean, bool[3] wanted) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "-> (Tensor loss, Tensor correct, Tensor statistics, Tensor grad_hidden, Tensor grad_weight, "
+    "Tensor grad_bias)",
     reference=_autocast.disabled(reference.linear_cross_entropy_reduced),
     fake=_fake_reduced,
     backward=_backward_reduced,
     setup_context=_setup_reduced,
+    triton_module="calm_kernels.triton.linear_cross_entropy",
 )
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str
+) -> torch.device:
+    """Types, shapes, devices and the reduction; returns the device."""
+    _checks.tensor("hidden", hidden, _checks.FLOAT_DTYPES, ("*", "H"))
+    _checks.tensor("weight", weight, _checks.FLOAT_DTYPES, ("V", hidden.shape[-1]))
+    _checks.at_least("weight.shape[0]", weight.shape[0], 1, " row")
+    _checks.tensor("target", target, _checks.INTEGER_DTYPES, hidden.shape[:-1])
+    if bias is not None:
+        _checks.tensor("bias", bias, _checks.FLOAT_DTYPES, (weight.shape[0],))
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    return _checks.same_device(hidden=hidden, weight=weight, target=target, bias=bias)
 
 
 def _check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -154,6 +213,48 @@ def _check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
         )
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    drop_mass: float = ...,
+    return_info: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    drop_mass: float = ...,
+    return_info: Literal[True],
+) -> tuple[Tensor, LinearCrossEntropyInfo]: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    drop_mass: float = ...,
+    return_info: bool,
+) -> Tensor | tuple[Tensor, LinearCrossEntropyInfo]: ...
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -163,7 +264,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     drop_mass: float = 0.0,
-) -> Tensor:
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, LinearCrossEntropyInfo]:
     """Cross entropy of ``hidden @ weight.T + bias`` with ``target``; the logits are never stored.
 
     The same numbers as ``F.cross_entropy(F.linear(hidden, weight, bias), target, ...)``, computed
@@ -182,17 +284,21 @@ def linear_cross_entropy(
             entries alone. What is left out of the gradient of a row's logits has an L1 norm of at
             most ``drop_mass`` times the row's incoming gradient; the loss itself is exact.
             Confident rows then cost next to nothing in the backward. Gradients of vocabularies
-            under 1024 are exact in any case.
+            under 256 are exact in any case.
+        return_info: return the by-products too; they cost nothing and wait for nothing.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or [*] for ``"none"``. Logits and gradient
-        sums are float32 too. Differentiable once, in hidden, weight and bias.
+        sums are float32 too. Differentiable once, in hidden, weight and bias. With ``return_info``
+        the pair (loss, :class:`LinearCrossEntropyInfo`).
 
-    Memory: a chunk of rows' logits (6 MiB in float32, or one row's if that is more), with
-        ``drop_mass`` two. ``"mean"`` and ``"sum"`` make the gradients together with the loss and
-        keep them until the backward, in float32: H values a row and the size of weight.
-        ``"none"`` keeps two values a row, and with ``drop_mass`` its list of 64 entries, and
-        computes the logits again.
+    Memory: a buffer for a chunk of rows: 6.25 MiB in float32, or the logits of 64 rows and eight
+        times their hidden states if that is more (compiled CPU code; the PyTorch reference holds 6
+        MiB of logits, or one row's, with ``drop_mass`` twice). ``"mean"`` and ``"sum"`` make the
+        gradients together with the loss and keep them for the backward, which hands them out, in
+        float32: H values a row and the size of weight. Going through a retained graph a second
+        time computes them again. ``"none"`` keeps two values a row, and with ``drop_mass`` its list
+        of 64 entries, and computes the logits again.
 
     Autocast: hidden, weight and bias are cast to the autocast dtype.
 
@@ -204,18 +310,10 @@ def linear_cross_entropy(
     Source: the certified sparse backward is this package's own; its specification is the docstring
     of calm_kernels/reference/linear_cross_entropy.py.
     """
-    _checks.tensor("hidden", hidden, _checks.FLOAT_DTYPES, ("*", "H"))
+    device = _check_tensors(hidden, weight, target, bias, reduction)
     hidden_size, lead = hidden.shape[-1], hidden.shape[:-1]
-    _checks.tensor("weight", weight, _checks.FLOAT_DTYPES, ("V", hidden_size))
-    _checks.at_least("weight.shape[0]", weight.shape[0], 1, " row")
-    _checks.tensor("target", target, _checks.INTEGER_DTYPES, lead)
-    if bias is not None:
-        _checks.tensor("bias", bias, _checks.FLOAT_DTYPES, (weight.shape[0],))
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if not 0.0 <= drop_mass < 1.0:
         raise ValueError(f"drop_mass: expected a probability mass in [0, 1); got {drop_mass}")
-    device = _checks.same_device(hidden=hidden, weight=weight, target=target, bias=bias)
     _check_target(target, weight.shape[0], ignore_index)
     hidden, weight = _autocast.cast(device, hidden), _autocast.cast(device, weight)
     bias = _autocast.cast(device, bias)
@@ -232,12 +330,20 @@ def linear_cross_entropy(
     loss: Tensor
     if any(wanted) and reduction != "none":
         mean = reduction == "mean"
-        loss, *_ = _reduced(
+        loss, correct, statistics, *_ = _reduced(
             device, hidden, weight, bias, target, ignore_index, drop_mass, mean, wanted
         )
+    else:
+        loss, correct, *_, statistics = _rows(
+            device, hidden, weight, bias, target, ignore_index, drop_mass
+        )
+        if reduction == "none":
+            loss = loss.reshape(lead)
+        else:
+            total = loss.sum()
+            loss = total if reduction == "sum" else total / (target != ignore_index).sum()
+    if not return_info:
         return loss
-    loss, *_ = _rows(device, hidden, weight, bias, target, ignore_index, drop_mass)
-    if reduction == "none":
-        return loss.reshape(lead)
-    total = loss.sum()
-    return total if reduction == "sum" else total / (target != ignore_index).sum()
+    counts = statistics[:2].to(torch.int64)
+    info = LinearCrossEntropyInfo(correct.reshape(lead), counts[0], counts[1], statistics[2])
+    return loss, info

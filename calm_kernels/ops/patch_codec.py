@@ -97,8 +97,9 @@ def embed_flatten(
             below ``dropout``.
 
     Returns:
-        [P, K*H], dtype of ``embedding``. Differentiable in ``embedding`` (summed in float32; a
-        replaced token's gradient goes to row 0).
+        [P, K*H], dtype of ``embedding``. Differentiable in ``embedding`` (summed in float32, by the
+        native kernels in an order that depends on the ids alone; a replaced token's gradient goes
+        to row 0).
 
     Raises:
         TypeError: wrong dtype. ValueError: wrong shape, an id outside [0, V) (checked on CPU
@@ -218,21 +219,37 @@ def folded_squeezed_gather(ids: Tensor, tables: Tensor, bias: Tensor) -> Tensor:
     return result
 
 
-def weight_stamps(weights: Sequence[Tensor]) -> list[int]:
-    """Two numbers a weight that change when it is written to in place, or replaced, or moved.
+SAMPLED_ENTRIES = 256
+"""Entries of a weight on the CPU that tell its contents from others."""
 
-    A write through ``Tensor.data`` is not seen: torch does not count it.
+
+def _contents(weight: Tensor) -> int:
+    """A hash of some entries, spread over a weight; 0 where reading them would stall a GPU."""
+    if weight.device.type != "cpu" or not weight.is_contiguous():
+        return 0
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    step = max(1, weight.numel() // SAMPLED_ENTRIES)
+    return hash(tuple(weight.detach().view(integers).view(-1)[::step].tolist()))
+
+
+def weight_stamps(weights: Sequence[Tensor]) -> list[int]:
+    """Three numbers a weight, some of which change when it is written to, replaced or moved.
+
+    Torch counts writes in place, but not those through ``Tensor.data``. These are seen on the CPU
+    alone, and only if they meet one of ``SAMPLED_ENTRIES`` entries spread over the weight.
     """
     return [
         number
         for weight in weights
-        for number in (-1 if weight.is_inference() else weight._version, weight.data_ptr())
+        for number in (
+            -1 if weight.is_inference() else weight._version,
+            weight.data_ptr(),
+            _contents(weight),
+        )
     ]
 
 
-# A Python operator, so that compiled code runs the check as well, at every call.
-@torch.library.custom_op("calm_kernels::fresh_ids", mutates_args=())
-def _fresh_ids(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> Tensor:
+def _fresh_ids_impl(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> Tensor:
     if weight_stamps(weights) != list(stamps):
         raise RuntimeError(
             "folded encoder: a weight changed after folding, so its tables are stale; "
@@ -241,9 +258,19 @@ def _fresh_ids(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) ->
     return ids.clone()
 
 
-@_fresh_ids.register_fake
-def _(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> Tensor:
+def _fake_fresh_ids(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> Tensor:
     return torch.empty_like(ids)
+
+
+# An operator, so that compiled code runs the check as well, at every call. It has no backends to
+# choose from; torch's decorator for such operators imports the compiler at the first call.
+_library = torch.library.Library("calm_kernels", "FRAGMENT")
+_library.define(
+    "fresh_ids(Tensor ids, Tensor[] weights, int[] stamps) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("fresh_ids", _fresh_ids_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("calm_kernels::fresh_ids", _fake_fresh_ids, lib=_library)
 
 
 def fresh_ids(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> Tensor:
@@ -257,5 +284,7 @@ def fresh_ids(ids: Tensor, weights: Sequence[Tensor], stamps: Sequence[int]) -> 
     Raises:
         RuntimeError: a weight changed. Compiled code checks too, a CUDA graph's replay does not.
     """
-    result: Tensor = _fresh_ids(ids, [weight.detach() for weight in weights], stamps)
+    result: Tensor = torch.ops.calm_kernels.fresh_ids(
+        ids, [weight.detach() for weight in weights], stamps
+    )
     return result

@@ -39,10 +39,10 @@ def energy_head_block(
     eps: float,
     save_activations: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """e [P * N, H], condition [P, H] -> out [P * N, H] and the inputs of the nonlinear steps.
+    """e [P * N, H], condition [P, H] -> out, first, second [P * N, H] and gate_up [P * N, 2H].
 
-    Row p * N + n of e is sample n of position p. The latter are first and second [P * N, H] and
-    gate_up [P * N, 2H]; they have no rows unless ``save_activations``.
+    Row p * N + n of e is sample n of position p. The last three are the inputs of the nonlinear
+    steps; they have no rows unless ``save_activations``.
     """
     dtype, size = compute_dtype(e.dtype), e.shape[1]
     unit, _ = _unit(e.to(dtype), eps)

@@ -15,6 +15,10 @@ entries and the rest have a mass of at most drop_mass, else *dense*. The gradien
 uses its list only, so what it leaves out has an L1 norm of at most drop_mass times the row's
 incoming gradient, to within the rounding of p; that of a dense row is exact. An implementation
 may treat any row as dense.
+
+By-products, on the device: whether each row's largest logit is its target's, and *statistics*,
+float32 [3]: the rows that count, how many of them are sparse, the largest mass that a sparse row
+leaves out.
 """
 
 from __future__ import annotations
@@ -64,18 +68,20 @@ def linear_cross_entropy_rows(
     target: Tensor,
     ignore_index: int,
     drop_mass: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss of every row, and what :func:`linear_cross_entropy_rows_backward` needs.
 
     hidden [R, H], weight [V, H], bias [V], target int64 [R] ->
-    loss [R] (0 where ignored), top [R], total [R], and the lists of sparse rows, C = CAPACITY or 0:
-    list_columns int32 [R, C], list_probabilities [R, C], list_length int32 [R] (DENSE for dense
-    rows, 0 for ignored ones). A target outside [0, V) makes its row NaN.
+    loss [R] (0 where ignored), correct bool [R] (False where ignored), top [R], total [R], the
+    lists of sparse rows, C = CAPACITY or 0: list_columns int32 [R, C], list_probabilities [R, C],
+    list_length int32 [R] (DENSE for dense rows, 0 for ignored ones), and statistics [3]. A target
+    outside [0, V) makes its row NaN. Slots of a list past its length are 0.
     """
     dtype = compute_dtype(hidden.dtype)
     rows, capacity = hidden.shape[0], list_capacity(drop_mass)
     loss = hidden.new_empty((rows,), dtype=dtype)
-    top, total = torch.empty_like(loss), torch.empty_like(loss)
+    correct = torch.empty_like(loss, dtype=torch.bool)
+    top, total, dropped = torch.empty_like(loss), torch.empty_like(loss), torch.zeros_like(loss)
     list_columns = target.new_zeros((rows, capacity), dtype=torch.int32)
     list_probabilities = loss.new_zeros((rows, capacity))
     list_length = torch.where(target == ignore_index, 0, DENSE).to(torch.int32)
@@ -83,15 +89,17 @@ def linear_cross_entropy_rows(
     for chunk in _chunks(rows, weight.shape[0]):
         targets = _targets(target[chunk], ignore_index, weight.shape[0])
         softmax = _cross_entropy(logits(hidden[chunk]), targets)
-        exponentials, loss[chunk], top[chunk], total[chunk] = softmax
+        exponentials, loss[chunk], correct[chunk], top[chunk], total[chunk] = softmax
         if drop_mass > 0.0:
             p = exponentials.div_(total[chunk].unsqueeze(1))
-            lists, length = _significant(p, targets, drop_mass)
+            lists, length, dropped[chunk] = _significant(p, targets, drop_mass)
             list_length[chunk] = length.to(torch.int32)
             slot = _position_within_row(lists.rows)
             list_columns[chunk][lists.rows, slot] = lists.columns.to(torch.int32)
             list_probabilities[chunk][lists.rows, slot] = lists.probabilities
-    return loss, top, total, list_columns, list_probabilities, list_length
+    counted = (target != ignore_index).sum()
+    statistics = _statistics(counted, list_length > 0, dropped)
+    return loss, correct, top, total, list_columns, list_probabilities, list_length, statistics
 
 
 def linear_cross_entropy_rows_backward(
@@ -110,12 +118,15 @@ def linear_cross_entropy_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each in its dtype; [0] where not wanted.
 
-    grad_loss [R]. The logits of dense rows are computed again, chunk by chunk.
+    grad_loss [R]. The logits of dense rows are computed again, chunk by chunk. A row whose target
+    is none of the columns has no onehot: columns may be a part of the vocabulary, ``top`` and
+    ``total`` those of the whole.
     """
     dtype = compute_dtype(hidden.dtype)
     targets = _targets(target, ignore_index, weight.shape[0])
     scale = torch.where(targets.counted, grad_loss, 0.0)
-    gradients = _Gradients(hidden, weight, targets.index, scale, wanted)
+    onehot = scale.masked_fill(targets.broken, 0.0)
+    gradients = _Gradients(hidden, weight, targets.index, onehot, wanted)
     selections: list[Tensor] | list[slice]
     if list_columns.shape[1] > 0:
         slots = torch.arange(list_columns.shape[1], device=hidden.device)
@@ -148,7 +159,7 @@ def linear_cross_entropy_reduced(
     drop_mass: float,
     mean: bool,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum or mean of the row losses together with its gradients, in one pass.
 
     A reduced loss weighs all rows alike, so gradients need not wait for the incoming one: they
@@ -156,24 +167,27 @@ def linear_cross_entropy_reduced(
     second computation of the logits.
 
     Returns:
-        loss (scalar), its gradients by hidden [R, H], weight [V, H] and bias [V], all in the
-        compute dtype; [0] where not wanted.
+        loss (scalar), correct bool [R], statistics [3], and the loss's gradients by hidden [R, H],
+        weight [V, H] and bias [V], all in the compute dtype; [0] where not wanted.
     """
     dtype = compute_dtype(hidden.dtype)
     targets = _targets(target, ignore_index, weight.shape[0])
-    count = targets.counted.sum() if mean else targets.counted.new_ones((), dtype=torch.int64)
+    counted = targets.counted.sum()
+    count = counted if mean else torch.ones_like(counted)
     scale = torch.where(targets.counted, 1.0 / count.to(dtype), 0.0)
     gradients = _Gradients(hidden, weight, targets.index, scale, wanted)
     logits = _Logits(hidden.shape[0], weight, bias, dtype)
-    loss = scale.new_empty((hidden.shape[0],))
+    loss, dropped = torch.empty_like(scale), torch.zeros_like(scale)
+    correct = torch.empty_like(targets.counted)
+    sparse = torch.zeros_like(correct)
     lists: list[_Lists] = []
     for chunk in _chunks(hidden.shape[0], weight.shape[0]):
-        exponentials, loss[chunk], _, total = _cross_entropy(
-            logits(hidden[chunk]), targets.of(chunk)
-        )
+        softmax = _cross_entropy(logits(hidden[chunk]), targets.of(chunk))
+        exponentials, loss[chunk], correct[chunk], _, total = softmax
         if drop_mass > 0.0:
             p = exponentials.div_(total.unsqueeze(1))
-            found, length = _significant(p, targets.of(chunk), drop_mass)
+            found, length, dropped[chunk] = _significant(p, targets.of(chunk), drop_mass)
+            sparse[chunk] = length > 0
             lists.append(found._replace(rows=found.rows + chunk.start))
             (dense,) = (length == DENSE).nonzero(as_tuple=True)
             rows = dense + chunk.start
@@ -182,7 +196,13 @@ def linear_cross_entropy_reduced(
             gradients.add_dense(chunk, exponentials.mul_((scale[chunk] / total).unsqueeze(1)))
     if lists:
         gradients.add_lists(_Lists(*(torch.cat(part) for part in zip(*lists, strict=True))))
-    return (loss.sum() / count, *gradients.results())
+    statistics = _statistics(counted, sparse, dropped)
+    return (loss.sum() / count, correct, statistics, *gradients.results())
+
+
+def _statistics(counted: Tensor, sparse: Tensor, dropped: Tensor) -> Tensor:
+    largest = dropped.amax() if dropped.shape[0] > 0 else dropped.new_zeros(())
+    return torch.stack([counted.float(), sparse.sum().float(), largest.float()])
 
 
 class _Lists(NamedTuple):
@@ -236,23 +256,28 @@ class _Logits:
         return logits if self.bias is None else logits.add_(self.bias)
 
 
-def _cross_entropy(logits: Tensor, targets: _Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits [r, V], overwritten -> (exponentials [r, V], loss [r], top [r], total [r]).
+def _cross_entropy(
+    logits: Tensor, targets: _Targets
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits [r, V], overwritten -> (exponentials [r, V], loss, correct, top, total, each [r]).
 
     p = exponentials / total; the division is left to the caller, who may have a factor to go with.
     """
+    correct = logits.argmax(dim=1) == targets.index
+    correct &= targets.counted & ~targets.broken
     top = logits.amax(dim=1)
     at_target = logits.sub_(top.unsqueeze(1)).gather(1, targets.index.unsqueeze(1)).squeeze(1)
     exponentials = logits.exp_()
     total = exponentials.sum(dim=1).masked_fill_(targets.broken, torch.nan)
     loss = torch.where(targets.counted, total.log() - at_target, 0.0)
-    return exponentials, loss, top, total
+    return exponentials, loss, correct, top, total
 
 
-def _significant(p: Tensor, targets: _Targets, drop_mass: float) -> tuple[_Lists, Tensor]:
-    """The lists of the sparse rows of p [r, V], and each row's list length, or DENSE.
+def _significant(p: Tensor, targets: _Targets, drop_mass: float) -> tuple[_Lists, Tensor, Tensor]:
+    """The lists of the sparse rows of p [r, V], each row's list length, or DENSE, and the mass
+    that each sparse row leaves out.
 
-    Ignored rows are neither: they have no list and length 0.
+    Ignored rows are neither sparse nor dense: they have no list and length 0.
     """
     significant = (p > significance(drop_mass)).scatter_(1, targets.index.unsqueeze(1), True)
     # Few rows at a time: counting makes 64-bit integers of the flags.
@@ -266,7 +291,8 @@ def _significant(p: Tensor, targets: _Targets, drop_mass: float) -> tuple[_Lists
     sparse = kept >= 1.0 - drop_mass  # 0 for rows that do not fit
     length = torch.where(sparse, length, DENSE).masked_fill_(~targets.counted, 0)
     listed = sparse[rows]
-    return _Lists(rows[listed], columns[listed], probabilities[listed]), length
+    dropped = torch.where(sparse, (1.0 - kept).clamp_min(0.0), 0.0)
+    return _Lists(rows[listed], columns[listed], probabilities[listed]), length, dropped
 
 
 def _position_within_row(rows: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class Specialization:
         aligned: arguments that are multiples of 16 (pointers: addresses).
         num_warps, num_stages: as launched.
         tensor_cores: whether the machine code has to use the matrix units.
+        capability: target, 90 for sm_90 (wgmma), 80 for sm_80 (mma).
     """
 
     name: str
@@ -29,3 +30,4 @@ class Specialization:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = field(default=True, kw_only=True)
+    capability: int = field(default=90, kw_only=True)

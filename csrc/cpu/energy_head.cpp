@@ -20,7 +20,7 @@
 
 #include "cpu/energy_head_rows.h"
 #include "cpu/large_pages.h"
-#include "cpu/matmul.h"
+#include "cpu/matmul_into.h"
 #include "cpu/registration.h"
 
 namespace calm {
@@ -84,9 +84,8 @@ Tensor new_rows(const Tensor& like, int64_t num_rows, int64_t size) {
 
 // Rows of a block: whole positions.
 int64_t block_rows(int64_t num_rows, int64_t num_samples) {
-  const int64_t wanted =
-      std::max(kBlockRows,
-               kBlockRowsPerThread * static_cast<int64_t>(torch::stable::get_num_threads()));
+  const int64_t wanted = std::max(
+      kBlockRows, kBlockRowsPerThread * static_cast<int64_t>(torch::stable::get_num_threads()));
   return std::min(num_rows, std::max<int64_t>(1, wanted / num_samples) * num_samples);
 }
 
@@ -119,10 +118,9 @@ void forward(const Tensor& e, const Tensor& condition, int64_t num_samples, cons
     const int64_t count = std::min(block, num_rows - start);
     const Tensor read = rows(operand, 0, count);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      run_rows<S>(LayerNormRows<S>{
-          row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(),
-          weights.norm_bias.const_data_ptr<S>(), row_of<S>(operand, first), mean + first,
-          rstd + first, n, size, eps});
+      run_rows<S>(LayerNormRows<S>{row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(),
+                                   weights.norm_bias.const_data_ptr<S>(), row_of<S>(operand, first),
+                                   mean + first, rstd + first, n, size, eps});
     });
     Tensor first_in = keeps ? rows(kept.first, start, count) : rows(narrow_passing, 0, count);
     matmul(first_in, read, transposed(weights.of_sample()));
@@ -155,12 +153,20 @@ struct Gradients {
 };
 
 // Where the column sums of a task lie in its row of partial sums, in units of H.
-enum Sum : int64_t { kNorm, kNormBias, kInBias, kMidBias, kOutBias, kDownBias = kOutBias + 2, kSums };
+enum Sum : int64_t {
+  kNorm,
+  kNormBias,
+  kInBias,
+  kMidBias,
+  kOutBias,
+  kDownBias = kOutBias + 2,
+  kSums
+};
 
 template <typename S>
-void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition,
-              int64_t num_samples, const Weights& weights, double eps, const Kept& kept,
-              bool weight_grads, Gradients& gradients) {
+void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, int64_t num_samples,
+              const Weights& weights, double eps, const Kept& kept, bool weight_grads,
+              Gradients& gradients) {
   using T = ComputeOf<S>;
   const int64_t num_rows = e.size(0);
   const int64_t size = weights.size();
@@ -224,10 +230,9 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition,
                                        end - begin, num_samples, size});
         });
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      run_rows<S>(LayerNormRows<S>{
-          row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(),
-          weights.norm_bias.const_data_ptr<S>(), row_of<S>(normed, first), mean + first,
-          rstd + first, n, size, eps});
+      run_rows<S>(LayerNormRows<S>{row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(),
+                                   weights.norm_bias.const_data_ptr<S>(), row_of<S>(normed, first),
+                                   mean + first, rstd + first, n, size, eps});
     });
     if (weight_grads) {
       accumulate(columns(gradients.weights.in, 0, size), some_first, some_normed);
@@ -281,13 +286,12 @@ void dispatch(ScalarType type, const Function& function) {
 Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
-    const Tensor& e_in, const Tensor& condition, const Tensor& norm_weight,
-    const Tensor& norm_bias, const Tensor& in_weight, const Tensor& in_bias,
-    const Tensor& mid_weight, const Tensor& mid_bias, const Tensor& out_weight,
-    const Tensor& out_bias, const Tensor& down_weight, const Tensor& down_bias, double eps,
-    bool save_activations) {
+    const Tensor& e_in, const Tensor& condition, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensor& in_weight, const Tensor& in_bias, const Tensor& mid_weight,
+    const Tensor& mid_bias, const Tensor& out_weight, const Tensor& out_bias,
+    const Tensor& down_weight, const Tensor& down_bias, double eps, bool save_activations) {
   const Tensor e = dense(e_in);
-  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight, in_bias,
+  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  in_bias,
                         mid_weight,         mid_bias,         out_weight, out_bias,
                         down_weight,        dense(down_bias)};
   const int64_t num_rows = e.size(0);
@@ -298,9 +302,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
             new_rows(e, kept_rows, 2 * size)};
   if (num_rows != 0) {
     const int64_t num_samples = num_rows / condition.size(0);
-    dispatch(e.scalar_type(), [&]<typename S>() {
-      forward<S>(e, condition, num_samples, weights, eps, out, kept);
-    });
+    dispatch(e.scalar_type(),
+             [&]<typename S>() { forward<S>(e, condition, num_samples, weights, eps, out, kept); });
   }
   return {out, kept.first, kept.second, kept.gate_up};
 }
@@ -309,17 +312,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
 using BlockGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                   Tensor, Tensor, Tensor, Tensor>;
 
-BlockGradients energy_head_block_backward(
-    const Tensor& grad_out_in, const Tensor& e_in, const Tensor& condition,
-    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
-    const Tensor& in_bias, const Tensor& mid_weight, const Tensor& mid_bias,
-    const Tensor& out_weight, const Tensor& out_bias, const Tensor& down_weight,
-    const Tensor& down_bias, const Tensor& first, const Tensor& second, const Tensor& gate_up,
-    double eps, bool weight_grads) {
+BlockGradients energy_head_block_backward(const Tensor& grad_out_in, const Tensor& e_in,
+                                          const Tensor& condition, const Tensor& norm_weight,
+                                          const Tensor& norm_bias, const Tensor& in_weight,
+                                          const Tensor& in_bias, const Tensor& mid_weight,
+                                          const Tensor& mid_bias, const Tensor& out_weight,
+                                          const Tensor& out_bias, const Tensor& down_weight,
+                                          const Tensor& down_bias, const Tensor& first,
+                                          const Tensor& second, const Tensor& gate_up, double eps,
+                                          bool weight_grads) {
   const Tensor grad_out = dense(grad_out_in);
   const Tensor e = dense(e_in);
   const Kept kept{dense(first), dense(second), dense(gate_up)};
-  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight, in_bias,
+  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  in_bias,
                         mid_weight,         mid_bias,         out_weight, out_bias,
                         down_weight,        dense(down_bias)};
   const int64_t num_rows = e.size(0);
@@ -329,13 +334,13 @@ BlockGradients energy_head_block_backward(
     return num_rows == 0 ? torch::stable::new_zeros(e, shape) : torch::stable::new_empty(e, shape);
   };
   const auto positions = {condition.size(0), size};
-  Gradients gradients{new_rows(e, num_rows, size),
-                      num_rows == 0 ? torch::stable::new_zeros(e, positions)
-                                    : torch::stable::new_empty(e, positions),
-                      {gradient({size}), gradient({size}), gradient({size, 2 * size}),
-                       gradient({size}), gradient({size, size}), gradient({size}),
-                       gradient({2 * size, size}), gradient({2 * size}), gradient({size, size}),
-                       gradient({size})}};
+  Gradients gradients{
+      new_rows(e, num_rows, size),
+      num_rows == 0 ? torch::stable::new_zeros(e, positions)
+                    : torch::stable::new_empty(e, positions),
+      {gradient({size}), gradient({size}), gradient({size, 2 * size}), gradient({size}),
+       gradient({size, size}), gradient({size}), gradient({2 * size, size}), gradient({2 * size}),
+       gradient({size, size}), gradient({size})}};
   if (num_rows != 0) {
     const int64_t num_samples = num_rows / condition.size(0);
     dispatch(e.scalar_type(), [&]<typename S>() {

@@ -42,25 +42,27 @@ CALM_INLINE void run(const LayerNormRows<S>& rows) {
     for_lanes<S>(rows.size, CALM_STEP { total += load_lanes<S>(x + i, count); });
     const T mean = sum_lanes<T>(total) * inverse_size;
     Vector<T> squares{};
-    for_lanes<S>(rows.size, CALM_STEP {
-      Vector<T> centred = load_lanes<S>(x + i, count) - mean;
-      // Lanes past the end of the row hold -mean.
-      if constexpr (std::is_same_v<decltype(count), int>) {
-        for (int j = count; j < kRowLanes<S>; ++j) centred[j] = T(0);
-      }
-      squares += centred * centred;
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          Vector<T> centred = load_lanes<S>(x + i, count) - mean;
+          // Lanes past the end of the row hold -mean.
+          if constexpr (std::is_same_v<decltype(count), int>) {
+            for (int j = count; j < kRowLanes<S>; ++j) centred[j] = T(0);
+          }
+          squares += centred * centred;
+        });
     const T variance = sum_lanes<T>(squares) * inverse_size;
     const T rstd = T(1) / std::sqrt(variance + static_cast<T>(rows.eps));
     rows.mean[r] = mean;
     rows.rstd[r] = rstd;
-    for_lanes<S>(rows.size, CALM_STEP {
-      const Vector<T> unit = (load_lanes<S>(x + i, count) - mean) * rstd;
-      store_lanes<S>(normed + i,
-                     unit * load_lanes<S>(rows.weight + i, count) +
-                         load_lanes<S>(rows.bias + i, count),
-                     count);
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          const Vector<T> unit = (load_lanes<S>(x + i, count) - mean) * rstd;
+          store_lanes<S>(
+              normed + i,
+              unit * load_lanes<S>(rows.weight + i, count) + load_lanes<S>(rows.bias + i, count),
+              count);
+        });
   }
 }
 
@@ -76,27 +78,29 @@ CALM_INLINE void run(const LayerNormBackwardRows<S>& rows) {
     const T rstd = rows.rstd[r];
     Vector<T> by_one{};
     Vector<T> by_unit{};
-    for_lanes<S>(rows.size, CALM_STEP {
-      // Zero past the end, so what the other factors hold there does not matter.
-      const Vector<T> g = load_lanes<S>(grad + i, count);
-      const Vector<T> unit = (load_lanes<S>(x + i, count) - mean) * rstd;
-      add_lanes(rows.grad_weight + i, g * unit, count);
-      add_lanes(rows.grad_bias + i, g, count);
-      const Vector<T> grad_unit = g * load_lanes<S>(rows.weight + i, count);
-      by_one += grad_unit;
-      by_unit += grad_unit * unit;
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          // Zero past the end, so what the other factors hold there does not matter.
+          const Vector<T> g = load_lanes<S>(grad + i, count);
+          const Vector<T> unit = (load_lanes<S>(x + i, count) - mean) * rstd;
+          add_lanes(rows.grad_weight + i, g * unit, count);
+          add_lanes(rows.grad_bias + i, g, count);
+          const Vector<T> grad_unit = g * load_lanes<S>(rows.weight + i, count);
+          by_one += grad_unit;
+          by_unit += grad_unit * unit;
+        });
     // Shifting or scaling x leaves unit unchanged: both components are taken off.
     const T shift = sum_lanes<T>(by_one) * inverse_size;
     const T scale = sum_lanes<T>(by_unit) * inverse_size;
-    for_lanes<S>(rows.size, CALM_STEP {
-      const Vector<T> grad_unit =
-          load_lanes<S>(grad + i, count) * load_lanes<S>(rows.weight + i, count);
-      const Vector<T> unit = (load_lanes<S>(x + i, count) - mean) * rstd;
-      const Vector<T> passed = load_lanes<S>(grad_out + i, count);
-      add_lanes(rows.grad_out_sum + i, passed, count);
-      store_lanes<S>(grad + i, (grad_unit - shift - unit * scale) * rstd + passed, count);
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          const Vector<T> grad_unit =
+              load_lanes<S>(grad + i, count) * load_lanes<S>(rows.weight + i, count);
+          const Vector<T> unit = (load_lanes<S>(x + i, count) - mean) * rstd;
+          const Vector<T> passed = load_lanes<S>(grad_out + i, count);
+          add_lanes(rows.grad_out_sum + i, passed, count);
+          store_lanes<S>(grad + i, (grad_unit - shift - unit * scale) * rstd + passed, count);
+        });
   }
 }
 
@@ -108,14 +112,15 @@ CALM_INLINE void run(const SiluRows<S>& rows) {
     S* activated = rows.activated + r * rows.size;
     const int64_t position = (rows.first_row + r) / rows.num_samples;
     const S* shared = rows.shared == nullptr ? nullptr : rows.shared + position * rows.size;
-    for_lanes<S>(rows.size, CALM_STEP {
-      Vector<T> v = load_lanes<S>(x + i, count);
-      if (shared != nullptr) {
-        v += load_lanes<S>(shared + i, count);
-        store_lanes<S>(x + i, v, count);
-      }
-      store_lanes<S>(activated + i, v * sigmoid_lanes<T>(v), count);
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          Vector<T> v = load_lanes<S>(x + i, count);
+          if (shared != nullptr) {
+            v += load_lanes<S>(shared + i, count);
+            store_lanes<S>(x + i, v, count);
+          }
+          store_lanes<S>(activated + i, v * sigmoid_lanes<T>(v), count);
+        });
   }
 }
 
@@ -126,15 +131,16 @@ CALM_INLINE void run(const SiluBackwardRows<S>& rows) {
     const S* x = rows.x + r * rows.size;
     S* grad = rows.grad + r * rows.size;
     S* activated = rows.activated + r * rows.size;
-    for_lanes<S>(rows.size, CALM_STEP {
-      const Vector<T> v = load_lanes<S>(x + i, count);
-      const Vector<T> sigmoid = sigmoid_lanes<T>(v);
-      const Vector<T> slope = sigmoid * (T(1) + v * (T(1) - sigmoid));
-      const Vector<T> g = load_lanes<S>(grad + i, count) * slope;
-      store_lanes<S>(activated + i, v * sigmoid, count);
-      store_lanes<S>(grad + i, g, count);
-      add_lanes(rows.grad_sum + i, g, count);
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          const Vector<T> v = load_lanes<S>(x + i, count);
+          const Vector<T> sigmoid = sigmoid_lanes<T>(v);
+          const Vector<T> slope = sigmoid * (T(1) + v * (T(1) - sigmoid));
+          const Vector<T> g = load_lanes<S>(grad + i, count) * slope;
+          store_lanes<S>(activated + i, v * sigmoid, count);
+          store_lanes<S>(grad + i, g, count);
+          add_lanes(rows.grad_sum + i, g, count);
+        });
   }
 }
 
@@ -146,13 +152,14 @@ CALM_INLINE void run(const GatedRows<S>& rows) {
     const S* x = rows.x + r * rows.size;
     S* product = rows.product + r * rows.size;
     S* out = rows.out + r * rows.size;
-    for_lanes<S>(rows.size, CALM_STEP {
-      const Vector<T> gate = load_lanes<S>(gates + i, count);
-      const Vector<T> up = load_lanes<S>(gates + rows.size + i, count);
-      store_lanes<S>(product + i, gate * sigmoid_lanes<T>(gate) * up, count);
-      store_lanes<S>(out + i, load_lanes<S>(x + i, count) + load_lanes<S>(rows.bias + i, count),
-                     count);
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          const Vector<T> gate = load_lanes<S>(gates + i, count);
+          const Vector<T> up = load_lanes<S>(gates + rows.size + i, count);
+          store_lanes<S>(product + i, gate * sigmoid_lanes<T>(gate) * up, count);
+          store_lanes<S>(out + i, load_lanes<S>(x + i, count) + load_lanes<S>(rows.bias + i, count),
+                         count);
+        });
   }
 }
 
@@ -163,20 +170,21 @@ CALM_INLINE void run(const GatedBackwardRows<S>& rows) {
     const S* gates = rows.gate_up + r * 2 * rows.size;
     S* product = rows.product + r * rows.size;
     S* grads = rows.grad_gate_up + r * 2 * rows.size;
-    for_lanes<S>(rows.size, CALM_STEP {
-      const Vector<T> gate = load_lanes<S>(gates + i, count);
-      const Vector<T> up = load_lanes<S>(gates + rows.size + i, count);
-      const Vector<T> grad = load_lanes<S>(product + i, count);
-      const Vector<T> sigmoid = sigmoid_lanes<T>(gate);
-      const Vector<T> activated = gate * sigmoid;
-      const Vector<T> grad_gate = grad * up * (sigmoid * (T(1) + gate * (T(1) - sigmoid)));
-      const Vector<T> grad_up = grad * activated;
-      store_lanes<S>(product + i, activated * up, count);
-      store_lanes<S>(grads + i, grad_gate, count);
-      store_lanes<S>(grads + rows.size + i, grad_up, count);
-      add_lanes(rows.grad_sum + i, grad_gate, count);
-      add_lanes(rows.grad_sum + rows.size + i, grad_up, count);
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          const Vector<T> gate = load_lanes<S>(gates + i, count);
+          const Vector<T> up = load_lanes<S>(gates + rows.size + i, count);
+          const Vector<T> grad = load_lanes<S>(product + i, count);
+          const Vector<T> sigmoid = sigmoid_lanes<T>(gate);
+          const Vector<T> activated = gate * sigmoid;
+          const Vector<T> grad_gate = grad * up * (sigmoid * (T(1) + gate * (T(1) - sigmoid)));
+          const Vector<T> grad_up = grad * activated;
+          store_lanes<S>(product + i, activated * up, count);
+          store_lanes<S>(grads + i, grad_gate, count);
+          store_lanes<S>(grads + rows.size + i, grad_up, count);
+          add_lanes(rows.grad_sum + i, grad_gate, count);
+          add_lanes(rows.grad_sum + rows.size + i, grad_up, count);
+        });
   }
 }
 
@@ -186,29 +194,30 @@ CALM_INLINE void run(const SampleSumRows<S>& rows) {
   for (int64_t p = 0; p < rows.num_positions; ++p) {
     const S* first = rows.rows + p * rows.num_samples * rows.size;
     S* sum = rows.sum + p * rows.size;
-    for_lanes<S>(rows.size, CALM_STEP {
-      // Sums of sums: rounding grows with the length of a chain of additions.
-      Vector<T> total{};
-      for (int64_t start = 0; start < rows.num_samples; start += kSampleChain) {
-        const int64_t end = std::min(start + kSampleChain, rows.num_samples);
-        Vector<T> part{};
-        for (int64_t n = start; n < end; ++n) {
-          part += load_lanes<S>(first + n * rows.size + i, count);
-        }
-        total += part;
-      }
-      store_lanes<S>(sum + i, total, count);
-    });
+    for_lanes<S>(
+        rows.size, CALM_STEP {
+          // Sums of sums: rounding grows with the length of a chain of additions.
+          Vector<T> total{};
+          for (int64_t start = 0; start < rows.num_samples; start += kSampleChain) {
+            const int64_t end = std::min(start + kSampleChain, rows.num_samples);
+            Vector<T> part{};
+            for (int64_t n = start; n < end; ++n) {
+              part += load_lanes<S>(first + n * rows.size + i, count);
+            }
+            total += part;
+          }
+          store_lanes<S>(sum + i, total, count);
+        });
   }
 }
 
 }  // namespace
 
 // One clone a dtype and instruction set: attributes do not reach the instances of a template.
-#define CALM_RUN_ROWS(Rows, S)                       \
-  template <>                                        \
+#define CALM_RUN_ROWS(Rows, S)                              \
+  template <>                                               \
   CALM_MULTIVERSION void run_rows<S>(const Rows<S>& rows) { \
-    run(rows);                                       \
+    run(rows);                                              \
   }
 #define CALM_ALL_ROWS(S)                  \
   CALM_RUN_ROWS(LayerNormRows, S)         \

@@ -146,11 +146,10 @@ void sum_rows(const Launcher& launcher, const Tensor& values, const Tensor& sum,
   Tensor partial = torch::stable::new_empty(values, {2, count}, compute_type(values));
   T* const partials = written<T>(partial);
   const T* const mean = statistics == nullptr ? nullptr : read<T>(*statistics);
-  launcher.over_elements(
-      count, &column_sums_kernel<S>,
-      ColumnSums<S>{read<S>(values), x == nullptr ? nullptr : read<S>(*x), mean,
-                    mean == nullptr ? nullptr : mean + num_rows, partials, partials + count,
-                    num_rows, size});
+  launcher.over_elements(count, &column_sums_kernel<S>,
+                         ColumnSums<S>{read<S>(values), x == nullptr ? nullptr : read<S>(*x), mean,
+                                       mean == nullptr ? nullptr : mean + num_rows, partials,
+                                       partials + count, num_rows, size});
   launcher.over_elements(size, &finish_sums_kernel<S>, static_cast<const T*>(partials),
                          written<S>(sum), num_stretches, size);
   if (sum_by_unit != nullptr) {
@@ -169,9 +168,7 @@ void backward(const Launcher& launcher, const Tensor& grad_out, const Tensor& e,
   const int64_t num_samples = num_rows / num_positions;
   const int64_t size = weights.size();
   const int64_t count = num_rows * size;
-  const auto rows = [&](int64_t width) {
-    return torch::stable::new_empty(e, {num_rows, width});
-  };
+  const auto rows = [&](int64_t width) { return torch::stable::new_empty(e, {num_rows, width}); };
   // What the forward's matmuls read, in turn; then the gradient of the normed rows.
   Tensor operand = rows(size);
   Tensor grad_gate_up = rows(2 * size);
@@ -243,15 +240,14 @@ void dispatch(ScalarType type, const Function& function) {
 Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
-    const Tensor& e_in, const Tensor& condition, const Tensor& norm_weight,
-    const Tensor& norm_bias, const Tensor& in_weight, const Tensor& in_bias,
-    const Tensor& mid_weight, const Tensor& mid_bias, const Tensor& out_weight,
-    const Tensor& out_bias, const Tensor& down_weight, const Tensor& down_bias, double eps,
-    bool save_activations) {
+    const Tensor& e_in, const Tensor& condition, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensor& in_weight, const Tensor& in_bias, const Tensor& mid_weight,
+    const Tensor& mid_bias, const Tensor& out_weight, const Tensor& out_bias,
+    const Tensor& down_weight, const Tensor& down_bias, double eps, bool save_activations) {
   const int32_t device = e_in.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor e = dense(e_in);
-  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight, in_bias,
+  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  in_bias,
                         mid_weight,         mid_bias,         out_weight, out_bias,
                         down_weight,        dense(down_bias)};
   const int64_t num_rows = e.size(0);
@@ -262,9 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
             torch::stable::new_empty(e, {num_rows, 2 * size})};
   if (num_rows != 0) {
     const Launcher launcher{current_stream(device)};
-    dispatch(e.scalar_type(), [&]<typename S>() {
-      forward<S>(launcher, e, condition, weights, eps, out, kept);
-    });
+    dispatch(e.scalar_type(),
+             [&]<typename S>() { forward<S>(launcher, e, condition, weights, eps, out, kept); });
   }
   if (save_activations) return {out, kept.first, kept.second, kept.gate_up};
   return {out, torch::stable::new_empty(e, {0, size}), torch::stable::new_empty(e, {0, size}),
@@ -275,19 +270,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
 using BlockGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                   Tensor, Tensor, Tensor, Tensor>;
 
-BlockGradients energy_head_block_backward(
-    const Tensor& grad_out_in, const Tensor& e_in, const Tensor& condition,
-    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
-    const Tensor& in_bias, const Tensor& mid_weight, const Tensor& mid_bias,
-    const Tensor& out_weight, const Tensor& out_bias, const Tensor& down_weight,
-    const Tensor& down_bias, const Tensor& first, const Tensor& second, const Tensor& gate_up,
-    double eps, bool weight_grads) {
+BlockGradients energy_head_block_backward(const Tensor& grad_out_in, const Tensor& e_in,
+                                          const Tensor& condition, const Tensor& norm_weight,
+                                          const Tensor& norm_bias, const Tensor& in_weight,
+                                          const Tensor& in_bias, const Tensor& mid_weight,
+                                          const Tensor& mid_bias, const Tensor& out_weight,
+                                          const Tensor& out_bias, const Tensor& down_weight,
+                                          const Tensor& down_bias, const Tensor& first,
+                                          const Tensor& second, const Tensor& gate_up, double eps,
+                                          bool weight_grads) {
   const int32_t device = e_in.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor grad_out = dense(grad_out_in);
   const Tensor e = dense(e_in);
   const Kept kept{dense(first), dense(second), dense(gate_up)};
-  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight, in_bias,
+  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  in_bias,
                         mid_weight,         mid_bias,         out_weight, out_bias,
                         down_weight,        dense(down_bias)};
   const int64_t num_rows = e.size(0);
@@ -297,13 +294,13 @@ BlockGradients energy_head_block_backward(
     return num_rows == 0 ? torch::stable::new_zeros(e, shape) : torch::stable::new_empty(e, shape);
   };
   const auto positions = {condition.size(0), size};
-  const Gradients gradients{torch::stable::new_empty(e, {num_rows, size}),
-                            num_rows == 0 ? torch::stable::new_zeros(e, positions)
-                                          : torch::stable::new_empty(e, positions),
-                            {gradient({size}), gradient({size}), gradient({size, 2 * size}),
-                             gradient({size}), gradient({size, size}), gradient({size}),
-                             gradient({2 * size, size}), gradient({2 * size}),
-                             gradient({size, size}), gradient({size})}};
+  const Gradients gradients{
+      torch::stable::new_empty(e, {num_rows, size}),
+      num_rows == 0 ? torch::stable::new_zeros(e, positions)
+                    : torch::stable::new_empty(e, positions),
+      {gradient({size}), gradient({size}), gradient({size, 2 * size}), gradient({size}),
+       gradient({size, size}), gradient({size}), gradient({2 * size, size}), gradient({2 * size}),
+       gradient({size, size}), gradient({size})}};
   if (num_rows != 0) {
     const Launcher launcher{current_stream(device)};
     dispatch(e.scalar_type(), [&]<typename S>() {

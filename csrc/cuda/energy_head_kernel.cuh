@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kHeadThreads)
                                const Compute<S>* __restrict__ mean,
                                const Compute<S>* __restrict__ rstd,
                                const S* __restrict__ grad_normed, const S* __restrict__ grad_out,
-                               S* __restrict__ grad_x, const int64_t num_rows,
-                               const int64_t size) {
+                               S* __restrict__ grad_x, const int64_t num_rows, const int64_t size) {
   using T = Compute<S>;
   for_warp_rows(num_rows, [&](int64_t r, int lane) {
     const int64_t start = r * size;
@@ -158,9 +157,9 @@ __global__ void __launch_bounds__(kHeadThreads)
 // product = silu(gate) * up, gate_up [num_rows, 2 size] holds gate beside up; out = x + bias.
 template <typename S>
 __global__ void __launch_bounds__(kHeadThreads)
-    gated_kernel(const S* __restrict__ gate_up, const S* __restrict__ x,
-                 const S* __restrict__ bias, S* __restrict__ product, S* __restrict__ out,
-                 const int64_t num_rows, const int64_t size) {
+    gated_kernel(const S* __restrict__ gate_up, const S* __restrict__ x, const S* __restrict__ bias,
+                 S* __restrict__ product, S* __restrict__ out, const int64_t num_rows,
+                 const int64_t size) {
   using T = Compute<S>;
   for_elements(num_rows * size, [&](int64_t i) {
     const int64_t h = i % size;

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def variant_of(workload: Workload, name: str) -> Variant:
 
 def test_the_workloads_come_in_the_order_of_the_documentation() -> None:
     assert NAMES == [
-        "energy", "brier", "vote", "exact", "decode", "ae-ce", "ffn", "encode", "head",
+        "energy", "brier", "vote", "exact", "decode", "ae-ce", "ae-ce-trained", "ffn", "encode",
+        "head", "ae-step", "lm-step", "generate",
     ]  # fmt: skip
 
 
@@ -187,6 +189,57 @@ def test_the_vote_that_ignores_the_temperature_is_seen() -> None:
     assert not vote.check_in_law(case, inputs, wrong, laws).passed
     foreign = torch.full_like(wrong, -1)
     assert not vote.check_in_law(case, inputs, foreign, laws).passed
+
+
+def planted_lm_step(change: Callable[[dict[str, Any]], None]) -> Check:
+    """The check of the plain training step on inputs that were tampered with."""
+    workload = workloads()["lm-step"]
+    case = workload.cases(CPU, "small")[0]
+    inputs = inputs_of(workload, case)
+    wrong = {**inputs, "model": copy.deepcopy(inputs["model"])}
+    change(wrong)
+    eager = variant_of(workload, "eager")
+    return check_of(workload, eager, case, inputs, eager.prepare(case)(wrong))
+
+
+def test_the_plain_training_step_agrees_in_law_with_the_exact_one() -> None:
+    assert planted_lm_step(lambda inputs: None).passed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda inputs: inputs["model"].ae_model.encoder.hidden_to_latent.bias.data.add_(0.2),
+        lambda inputs: inputs.update(noise=inputs["noise"].roll(1, dims=1)),
+        lambda inputs: inputs.update(noise=inputs["noise"][[0, 1, 2, 0]]),
+    ],
+    ids=["another target", "noise of another position", "a sample used twice"],
+)
+def test_the_law_of_the_training_step_has_power(change: Callable[[dict[str, Any]], None]) -> None:
+    assert not planted_lm_step(change).passed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda inputs: inputs.update(temperature=1.0),
+        lambda inputs: inputs.update(draws=19),
+        lambda inputs: inputs.update(seed=inputs["seed"] + 1),
+        lambda inputs: inputs.update(prompt=inputs["prompt"].roll(1, dims=1)),
+    ],
+    ids=["temperature", "draws", "seed", "prompt"],
+)
+def test_generation_with_another_argument_is_seen(
+    change: Callable[[dict[str, Any]], None],
+) -> None:
+    workload = workloads()["generate"]
+    case = workload.cases(CPU, "small")[0]
+    inputs = inputs_of(workload, case)
+    wrong = dict(inputs)
+    change(wrong)
+    ours = variant_of(workload, "ours")
+    assert check_of(workload, ours, case, inputs, ours.prepare(case)(inputs)).passed
+    assert not check_of(workload, ours, case, inputs, ours.prepare(case)(wrong)).passed
 
 
 def test_inputs_are_random_and_differ_from_set_to_set() -> None:

@@ -81,6 +81,7 @@ def test_a_missing_library_leaves_the_reference_and_an_explanation(
 ) -> None:
     missing = _native.Library("cpu", None, False, "the cpu library was not built")
     monkeypatch.setitem(_native._libraries, "cpu", missing)
+    monkeypatch.setattr(_dispatch, "_choices", {})
     assert called_overloads(calm_kernels.brier_scores, *draws()) == [
         "calm_kernels.brier_scores.reference"
     ]

@@ -164,8 +164,9 @@ def test_block_compiles_whole(dynamic: bool) -> None:
     torch.manual_seed(5)
     inputs = draw_inputs(4, 3, 8, torch.float32)
     cotangent = torch.randn(4, 3, 8)
-    options: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "backend": "aot_eager"}
-    compiled = torch.compile(energy_head_block, **options)
+    compiled = torch.compile(
+        energy_head_block, fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     torch.testing.assert_close(
         results(lambda x: compiled(*x), inputs, cotangent),
         results(lambda x: energy_head_block(*x), inputs, cotangent),

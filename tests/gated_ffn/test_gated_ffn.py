@@ -64,7 +64,8 @@ def outcome(function, tensors: list[Tensor], grad_out: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("rows", "hidden", "intermediate"), [(1, 8, 12), (3, 24, 7), (127, 64, 160), (40, 33, 65)]
+    ("rows", "hidden", "intermediate"),
+    [(1, 8, 12), (3, 24, 7), (127, 64, 160), (40, 33, 65), (4097, 24, 33)],
 )
 def test_result_and_gradients_are_as_close_to_exact_as_plain_pytorch(
     rows: int, hidden: int, intermediate: int, dtype: torch.dtype
@@ -104,6 +105,34 @@ def test_identity_weights_give_the_scalar_formula() -> None:
     out = gated_ffn(x, one, identity, 2.0 * identity, identity, eps=0.25)
     expected = x + unit / (1.0 + (-unit).exp()) * (2.0 * unit)
     torch.testing.assert_close(out, expected, rtol=1e-14, atol=0)
+
+
+def test_backends_agree_beyond_a_block_of_rows() -> None:
+    # More rows than a block of the compiled backward, and a last block that is not full.
+    tensors, grad_out = operands(2100, 17, 21), grad_of(2100, 17)
+    ours = outcome(gated_ffn, tensors, grad_out)
+    with calm_kernels.backend("reference"):
+        expected = outcome(gated_ffn, tensors, grad_out)
+    for value, truth in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_gates_are_those_of_silu(dtype: torch.dtype) -> None:
+    gates = torch.tensor([-1e30, -800.0, -89.0, -87.5, 0.0, 60.0, 90.0, 1e30], dtype=dtype)
+    one = torch.ones(1, dtype=dtype)
+    # One hidden unit: n is 1 (eps 0), so every gate is its weight; up is 1.
+    x, gate = one.reshape(1, 1), gates.reshape(-1, 1).clone().requires_grad_()
+    down = torch.zeros(1, 8, dtype=dtype).requires_grad_()
+    out = gated_ffn(x, one, gate, torch.ones(8, 1, dtype=dtype), down, eps=0.0)
+    assert torch.equal(out, x)
+    (products,) = torch.autograd.grad(out.sum(), down)
+    torch.testing.assert_close(products[0], silu(gates), rtol=3e-7, atol=1e-35)
+    out = gated_ffn(x, one, gate, torch.ones(8, 1, dtype=dtype), torch.ones_like(down), eps=0.0)
+    (slopes,) = torch.autograd.grad(out.sum(), gate)
+    wide = gates.double().requires_grad_()
+    (expected,) = torch.autograd.grad(silu(wide).sum(), wide)
+    torch.testing.assert_close(slopes[:, 0], expected.to(dtype), rtol=1e-6, atol=1e-30)
 
 
 def test_zero_down_projection_returns_x_exactly() -> None:

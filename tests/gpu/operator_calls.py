@@ -143,6 +143,18 @@ def _head(draws: Draws) -> Arguments:
     }
 
 
+def _sure_head(draws: Draws, hidden_size: int) -> Arguments:
+    """From diffuse rows to sure ones, half of them right; more than one tile of rows."""
+    rows, vocab = 150, 1031
+    hidden = draws.normal(rows, hidden_size) * torch.linspace(0.3, 6.0, rows)[:, None]
+    weight = draws.normal(vocab, hidden_size)
+    target = draws.ids(vocab, rows)
+    target[::2] = (hidden @ weight.T).argmax(dim=1)[::2]
+    target[5::7] = -100
+    # So little may be dropped that it does not show among roundings.
+    return {"hidden": hidden, "weight": weight, "target": target, "drop_mass": 1e-6}
+
+
 def _exact_sample(table: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
     """Over a sampler whose draws are read off a table, so that every device sees the same."""
     position = 0
@@ -253,6 +265,16 @@ CALLS = (
         calm_kernels.linear_argmax,
     ),
     OperatorCall(
+        "linear_argmax-many_rows",
+        ("linear_argmax",),
+        lambda draws: {
+            "hidden": draws.normal(301, 72),
+            "weight": draws.normal(1283, 72),
+            "return_max": True,
+        },
+        calm_kernels.linear_argmax,
+    ),
+    OperatorCall(
         "linear_cross_entropy-mean",
         ("linear_cross_entropy_reduced",),
         _head,
@@ -263,6 +285,24 @@ CALLS = (
         "linear_cross_entropy-none",
         ("linear_cross_entropy_rows", "linear_cross_entropy_rows_backward"),
         lambda draws: {**_head(draws), "reduction": "none"},
+        calm_kernels.linear_cross_entropy,
+        gradients=("hidden", "weight", "bias"),
+    ),
+    OperatorCall(
+        "linear_cross_entropy-sparse-mean",
+        ("linear_cross_entropy_reduced",),
+        lambda draws: _sure_head(draws, 64),
+        calm_kernels.linear_cross_entropy,
+        gradients=("hidden", "weight"),
+    ),
+    OperatorCall(
+        "linear_cross_entropy-sparse-none-odd_width",
+        ("linear_cross_entropy_rows", "linear_cross_entropy_rows_backward"),
+        lambda draws: {
+            **_sure_head(draws, 45),
+            "bias": draws.normal(1031),
+            "reduction": "none",
+        },
         calm_kernels.linear_cross_entropy,
         gradients=("hidden", "weight", "bias"),
     ),
@@ -304,6 +344,39 @@ CALLS = (
         },
         calm_kernels.embed_flatten,
         gradients=("embedding",),
+    ),
+    OperatorCall(
+        # Rows of an odd number of elements; more tokens than a tile, most of them of few ids.
+        "embed_flatten-frequent_ids",
+        ("embed_flatten", "embed_flatten_backward"),
+        lambda draws: {
+            "ids": draws.ids(3, 251, 5) * draws.ids(2, 251, 5),
+            "embedding": draws.normal(4, 37),
+        },
+        calm_kernels.embed_flatten,
+        gradients=("embedding",),
+    ),
+    OperatorCall(
+        "embed_flatten-int32",
+        ("embed_flatten", "embed_flatten_backward"),
+        lambda draws: {
+            "ids": draws.ids(29, 17, 3).int(),
+            "embedding": draws.normal(29, 264),
+            "dropout": 0.15,
+            "seed": draws.seed(),
+        },
+        calm_kernels.embed_flatten,
+        gradients=("embedding",),
+    ),
+    OperatorCall(
+        "folded_squeezed_gather-odd",
+        ("folded_squeezed_gather",),
+        lambda draws: {
+            "ids": draws.ids(29, 45, 5).int(),
+            "tables": draws.normal(5, 29, 37),
+            "bias": draws.normal(37),
+        },
+        calm_kernels.folded_squeezed_gather,
     ),
     OperatorCall(
         "folded_table_gather",

@@ -141,9 +141,33 @@ def test_leading_dimensions_and_strides_do_not_matter() -> None:
     assert linear_argmax(h[:0], w, b).shape == (0,)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_logit_is_returned_on_request(dtype: torch.dtype, with_bias: bool) -> None:
+    h, w, b = operands(21, 1203, 40, dtype)
+    bias = b if with_bias else None
+    index, value = linear_argmax(h.reshape(3, 7, 40), w, bias, return_max=True)
+    assert value.shape == index.shape == (3, 7)
+    assert torch.equal(index, linear_argmax(h.reshape(3, 7, 40), w, bias))
+    exact = h.double() @ w.double().t() + (b.double() if with_bias else 0.0)
+    chosen = exact.gather(1, index.reshape(21, 1)).reshape(3, 7)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    eps = torch.finfo(value.dtype).eps
+    torch.testing.assert_close(value.double(), chosen, rtol=20 * eps, atol=20 * eps)
+
+
+def test_the_largest_logit_of_a_row_with_a_nan_is_nan() -> None:
+    h, w = indicator([1.0, NAN, torch.inf])
+    index, value = linear_argmax(h, w, return_max=True)
+    assert index.tolist() == [1] and value.isnan().all()
+    index, value = linear_argmax(h, w[::2], return_max=True)
+    assert index.tolist() == [1] and value.tolist() == [torch.inf]
+
+
 def test_result_has_no_gradient() -> None:
     h, w, b = (t.requires_grad_() for t in operands(4, 9, 8))
     assert not linear_argmax(h, w, b).requires_grad
+    assert not linear_argmax(h, w, b, return_max=True)[1].requires_grad
 
 
 def test_autocast_casts_the_inputs_but_not_the_logits() -> None:
@@ -161,6 +185,8 @@ def test_operator_passes_opcheck(backend: str) -> None:
     h, w, b = (t.requires_grad_() for t in operands(5, 33, 8))
     torch.library.opcheck(operator, (h.detach(), w.detach(), b.detach()))
     torch.library.opcheck(operator, (h.detach(), w.detach(), None))
+    torch.library.opcheck(operator, (h.detach().bfloat16(), w.detach().bfloat16(), None))
+    torch.library.opcheck(operator, (h.detach().double()[:0], w.detach().double(), None))
 
 
 def test_compiled_equals_eager_at_any_row_count() -> None:
@@ -168,6 +194,9 @@ def test_compiled_equals_eager_at_any_row_count() -> None:
     for rows in (5, 9):
         h, w, b = operands(rows, 33, 8)
         assert torch.equal(compiled(h, w, b), linear_argmax(h, w, b))
+        expected = linear_argmax(h, w, return_max=True)
+        for got, want in zip(compiled(h, w, return_max=True), expected, strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,25 @@ def make_energy_transformer(
 
 
 @pytest.fixture
+def make_model(
+    make_energy_transformer: Callable[..., EnergyTransformer],
+) -> Callable[..., EnergyTransformer]:
+    """Models whose draws vary, and vary with the context."""
+
+    def make(patch_size: int = 4, **settings: Any) -> EnergyTransformer:
+        model = make_energy_transformer(patch_size, **settings)
+        head = model.mlp_generator
+        with torch.no_grad():
+            head.noise_embd.bias.zero_()
+            head.norm_noise.bias.zero_()
+            head.final_layer.linears[2].bias.zero_()
+            head.final_layer.linears[2].weight.mul_(3.0)
+        return model
+
+    return make
+
+
+@pytest.fixture
 def make_baseline() -> Callable[..., AutoregressiveBaseline]:
     def make(**settings: Any) -> AutoregressiveBaseline:
         values: dict[str, Any] = {

@@ -111,16 +111,16 @@ def test_training_loss_equals_the_plain_formulation(
     noise = philox.normal(seed, rows, latent_size, philox.Stream.LATENT).double()
     kept = philox.uniform(seed, rows, latent_size, philox.Stream.LATENT, first=8) >= 0.25
     latents = (mean + noise * log_std.exp()) * kept / 0.75
-    token_loss = F.cross_entropy(
-        plain_logits(w, latents, patch_size).flatten(0, 1), patches.flatten()
-    )
+    logits = plain_logits(w, latents, patch_size).flatten(0, 1)
+    token_loss = F.cross_entropy(logits, patches.flatten())
     kl_loss = plain_kl(mean, log_std, 0.3).mean()
     loss = patch_size * token_loss + 0.07 * kl_loss
     loss.backward()
     torch.testing.assert_close(output.loss, loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(output.token_loss, token_loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(output.kl_loss.double(), kl_loss, rtol=1e-6, atol=1e-6)
-    assert output.token_accuracy is None
+    accuracy = (logits.argmax(-1) == patches.flatten()).double().mean()
+    assert float(output.token_accuracy) == pytest.approx(float(accuracy))
     for name, gradient in gradients.items():
         expected = w[name].grad
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=name)

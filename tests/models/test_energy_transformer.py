@@ -122,6 +122,21 @@ def test_targets_come_from_folded_tables_that_follow_the_weights(
             model.ae_model.encoder.embed_tokens.weight.mul_(1.5)
 
 
+def test_training_reads_its_targets_from_the_tables(
+    make_energy_transformer: MakeEnergyTransformer,
+) -> None:
+    model = make_energy_transformer(4).train()
+    ids = random_ids(2, 12)
+    assert model(ids, seed=1).loss.isfinite()
+    folded = model.ae_model.encoder.folded
+    assert folded is not None
+    folded.tables.fill_(torch.nan)
+    assert model(ids, seed=1).loss.isnan()
+    encoder = model.ae_model.encoder
+    encoder.embed_tokens.weight = torch.nn.Parameter(encoder.embed_tokens.weight.detach().clone())
+    assert model(ids, seed=1).loss.isfinite()
+
+
 def test_patch_with_an_unreal_token_does_not_count(
     make_energy_transformer: MakeEnergyTransformer,
 ) -> None:

@@ -17,23 +17,6 @@ from calm_kernels.models.sequences import seed_of_step
 MakeEnergyTransformer = Callable[..., EnergyTransformer]
 
 
-@pytest.fixture
-def make_model(make_energy_transformer: MakeEnergyTransformer) -> MakeEnergyTransformer:
-    """Models whose draws vary, and vary with the context."""
-
-    def make(patch_size: int = 4, **settings: Any) -> EnergyTransformer:
-        model = make_energy_transformer(patch_size, **settings)
-        head = model.mlp_generator
-        with torch.no_grad():
-            head.noise_embd.bias.zero_()
-            head.norm_noise.bias.zero_()
-            head.final_layer.linears[2].bias.zero_()
-            head.final_layer.linears[2].weight.mul_(3.0)
-        return model
-
-    return make
-
-
 def prompt(length: int, seed: int = 0, vocab_size: int = 22) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = torch.randint(0, vocab_size, (length,), generator=generator).tolist()

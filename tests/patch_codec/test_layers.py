@@ -229,10 +229,6 @@ def test_a_written_source_weight_makes_the_tables_stale(name: str, mode: str) ->
         module.fold(mode)(ids)
 
 
-def replace_parameter(module: PatchEncoder) -> None:
-    module.squeeze_layer.bias = torch.nn.Parameter(module.squeeze_layer.bias.detach() + 1.0)
-
-
 def optimizer_step(module: PatchEncoder) -> None:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     with torch.enable_grad():
@@ -240,20 +236,73 @@ def optimizer_step(module: PatchEncoder) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        optimizer_step,
-        lambda module: module.load_state_dict(encoder().state_dict()),
-        lambda module: module.float(),
-    ],
-    ids=["optimizer step", "load_state_dict", "dtype"],
-)
-def test_every_usual_way_of_changing_weights_makes_the_tables_stale(change) -> None:
-    module = encoder().eval().fold()
+def assign_data(module: PatchEncoder) -> None:
+    module.squeeze_layer.weight.data = module.squeeze_layer.weight.data + 1.0
+
+
+def assign_data_where_the_old_lay(module: PatchEncoder) -> None:
+    weight = module.squeeze_layer.weight
+    address = weight.data_ptr()
+    for _ in range(50):  # what the allocator just got back it gives out first
+        weight.data = torch.randn_like(weight)
+        assert weight.data_ptr() != address
+
+
+def write_through_data(module: PatchEncoder) -> None:
+    module.embed_tokens.weight.data.mul_(1.01)
+
+
+def replace_parameter(module: PatchEncoder) -> None:
+    module.squeeze_layer.bias = torch.nn.Parameter(module.squeeze_layer.bias.detach() + 1.0)
+
+
+def load_by_assignment(module: PatchEncoder) -> None:
+    module.load_state_dict(encoder().state_dict(), assign=True)
+
+
+def convert_to_new_parameters(module: PatchEncoder) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        module.float()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def replace_norm(module: PatchEncoder) -> None:
+    weight = torch.ones(HIDDEN, dtype=torch.float64)
+    module.encoder_layers[0].layernorm.weight = torch.nn.Parameter(weight)
+
+
+CHANGES = {
+    "optimizer step": optimizer_step,
+    "load_state_dict": lambda module: module.load_state_dict(encoder().state_dict()),
+    "load_state_dict, assigning": load_by_assignment,
+    "dtype": lambda module: module.float(),
+    "dtype, new parameters": convert_to_new_parameters,
+    "data assigned": assign_data,
+    "data assigned again and again": assign_data_where_the_old_lay,
+    "write through data": write_through_data,
+    "parameter replaced": replace_parameter,
+    "norm weight replaced": replace_norm,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_every_way_of_changing_weights_makes_the_tables_stale(change, mode: str) -> None:
+    module, ids = encoder().eval().fold(mode), token_ids(3)
+    assert not module.is_stale()
     change(module)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="a weight changed after folding"):
-        module(token_ids(3))
+    assert module.is_stale()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="a weight changed after folding"):
+            module(ids)
+        with pytest.raises(RuntimeError, match="a weight changed after folding"):
+            copy.deepcopy(module)(ids)
+        folded = module.fold(mode)(ids)[0]
+        assert not module.is_stale()
+        torch.testing.assert_close(folded, module.unfold()(ids)[0], rtol=1e-5, atol=1e-6)
+    assert not module.is_stale()
 
 
 def test_weights_behind_the_tables_may_change() -> None:

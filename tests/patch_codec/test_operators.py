@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import calm_kernels
-from calm_kernels import _native
+from calm_kernels import _dispatch, _native
 from calm_kernels.ops.patch_codec import (
     embed_flatten,
     expand_patches,
@@ -171,6 +171,96 @@ def test_autocast_casts_the_looked_up_vectors() -> None:
     assert torch.equal(flat, embedding.bfloat16()[ids].flatten(1))
     flat.sum().backward()
     assert embedding.grad.dtype == torch.float32
+
+
+def zipf_ids(patches: int, patch_size: int, vocab: int) -> Tensor:
+    """A few ids hold most of the tokens, as in text; some do not occur."""
+    generator = torch.Generator().manual_seed(patches)
+    return (torch.rand(patches, patch_size, generator=generator) ** 4 * vocab).long()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("patches", "hidden"), [(1, 5), (3, 64), (127, 33), (4097, 40)])
+def test_errors_are_no_larger_than_those_of_torchs_formulation(
+    patches: int, hidden: int, dtype: torch.dtype
+) -> None:
+    vocab, patch_size = 301, 4
+    ids = zipf_ids(patches, patch_size, vocab)
+    embedding = normal(vocab, hidden, dtype=dtype).requires_grad_()
+    tables = normal(patch_size, vocab, hidden, dtype=dtype)
+    bias, grad_flat = normal(hidden, dtype=dtype), normal(patches, patch_size * hidden, dtype=dtype)
+
+    def torchs(embedding: Tensor, tables: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        flat = torch.nn.functional.embedding(ids, embedding).flatten(1)
+        (grad,) = torch.autograd.grad(flat, embedding, grad_flat.to(embedding.dtype))
+        total = bias
+        for k in range(patch_size):
+            total = total + tables[k][ids[:, k]]
+        return flat, grad, total
+
+    flat = embed_flatten(ids, embedding)
+    (grad,) = torch.autograd.grad(flat, embedding, grad_flat)
+    results = (flat, grad, folded_squeezed_gather(ids, tables, bias))
+    exact = torchs(embedding.detach().double().requires_grad_(), tables.double(), bias.double())
+    for value, other, truth in zip(results, torchs(embedding, tables, bias), exact, strict=True):
+        assert value.dtype == dtype and value.shape == truth.shape
+        error, usual = ((t.double() - truth).norm() for t in (value, other))
+        # Where torch's order of summation happens to give no error at all: one rounding.
+        assert error <= 1.5 * usual or error <= torch.finfo(dtype).eps / 2 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("patches", "hidden", "patch_size"), [(3, 7, 1), (127, 300, 3), (0, 4, 2)])
+def test_values_equal_the_reference_bitwise(
+    patches: int, hidden: int, patch_size: int, dtype: torch.dtype
+) -> None:
+    vocab = 50
+    ids = zipf_ids(patches, patch_size, vocab).int()
+    tables = normal(patch_size, vocab, hidden, dtype=dtype)
+    # Strided operands, as slices of larger ones are.
+    wide_ids = torch.stack((ids, ids), dim=2)[:, :, 0]
+    strided = torch.stack((tables, tables), dim=3)[..., 0]
+    bias = normal(2 * hidden, dtype=dtype)[::2]
+    results = []
+    for name in (_dispatch.current_backend(), "reference"):
+        with calm_kernels.backend(name):
+            gathered = folded_squeezed_gather(wide_ids, strided, bias)
+            results.append((gathered, embed_flatten(wide_ids, strided[0], dropout=0.2, seed=5)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("patches", [127, 4097])
+def test_the_embedding_gradient_does_not_depend_on_threads(patches: int) -> None:
+    ids, grad_flat = zipf_ids(patches, 4, 300), normal(patches, 4 * 24, dtype=torch.float32)
+    used = torch.get_num_threads()
+    grads = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            embedding = torch.zeros(300, 24, requires_grad=True)
+            flat = embed_flatten(ids, embedding)
+            grads.append(torch.autograd.grad(flat, embedding, grad_flat)[0])
+    finally:
+        torch.set_num_threads(used)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+
+
+# Where no check reads the ids beforehand: torch.compile leaves it out.
+@pytest.mark.parametrize("bad", [-1, 5, 10**12])
+def test_operators_themselves_refuse_ids_outside_the_vocabulary(bad: int, backend: str) -> None:
+    overload = "default" if backend == "native" else backend
+    ids = torch.zeros(4, 3, dtype=torch.long)
+    ids[2, 1] = bad
+    calls = [
+        (OPERATORS.embed_flatten, (ids, torch.ones(5, 2), 0.0, None)),
+        (OPERATORS.folded_squeezed_gather, (ids, torch.ones(3, 5, 2), torch.ones(2))),
+    ]
+    if backend == "native":  # in torch, what the forward lets through may write where it likes
+        calls.append((OPERATORS.embed_flatten_backward, (torch.ones(4, 6), ids, 5)))
+    message = r"ids: expected|out of (range|bounds)"
+    for operator, arguments in calls:
+        with pytest.raises((RuntimeError, IndexError), match=message):
+            getattr(operator, overload)(*arguments)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

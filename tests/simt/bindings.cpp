@@ -16,6 +16,8 @@ namespace py = pybind11;
 void bind_energy_head(py::module_& m);
 void bind_energy_score(py::module_& m);
 void bind_temperature_sampling(py::module_& m);
+void bind_patch_codec(py::module_& m);
+void bind_gated_ffn(py::module_& m);
 
 namespace {
 
@@ -103,6 +105,8 @@ PYBIND11_MODULE(calm_simt, m) {
   bind_energy_head(m);
   bind_energy_score(m);
   bind_temperature_sampling(m);
+  bind_patch_codec(m);
+  bind_gated_ffn(m);
   m.def("self_test_sum", &self_test_sum);
   m.def("self_test_fault", &self_test_fault);
 }

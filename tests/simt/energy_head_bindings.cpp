@@ -48,18 +48,16 @@ class Kernels {
     Array<N> normed = like(x);
     Array<T> mean(x.shape(0)), rstd(x.shape(0));
     run([&, in = read(x), w = read(weight), b = read(bias), out = write(normed),
-         m = mean.mutable_data(), s = rstd.mutable_data(), rows = x.shape(0), size = x.shape(1)] {
-      calm::layer_norm_kernel<S>(in, w, b, out, m, s, rows, size, eps);
-    });
+         m = mean.mutable_data(), s = rstd.mutable_data(), rows = x.shape(0),
+         size = x.shape(1)] { calm::layer_norm_kernel<S>(in, w, b, out, m, s, rows, size, eps); });
     return py::make_tuple(normed, mean, rstd);
   }
 
   Array<N> layer_norm_backward(In x, In weight, const Array<T>& mean, const Array<T>& rstd,
                                In grad_normed, In grad_out) const {
     Array<N> grad = like(x);
-    run([&, in = read(x), w = read(weight), m = mean.data(), s = rstd.data(),
-         g = read(grad_normed), passed = read(grad_out), out = write(grad), rows = x.shape(0),
-         size = x.shape(1)] {
+    run([&, in = read(x), w = read(weight), m = mean.data(), s = rstd.data(), g = read(grad_normed),
+         passed = read(grad_out), out = write(grad), rows = x.shape(0), size = x.shape(1)] {
       calm::layer_norm_backward_kernel<S>(in, w, m, s, g, passed, out, rows, size);
     });
     return grad;
@@ -87,20 +85,17 @@ class Kernels {
   // (product, out)
   py::tuple gated(In gate_up, In x, In bias) const {
     Array<N> product = like(x), out = like(x);
-    run([&, pair = read(gate_up), in = read(x), b = read(bias), p = write(product),
-         o = write(out), rows = x.shape(0), size = x.shape(1)] {
-      calm::gated_kernel<S>(pair, in, b, p, o, rows, size);
-    });
+    run([&, pair = read(gate_up), in = read(x), b = read(bias), p = write(product), o = write(out),
+         rows = x.shape(0),
+         size = x.shape(1)] { calm::gated_kernel<S>(pair, in, b, p, o, rows, size); });
     return py::make_tuple(product, out);
   }
 
   // (product, gradient of gate_up)
   py::tuple gated_backward(In gate_up, In grad_product) const {
     Array<N> product = copy(grad_product), grad = like(gate_up);
-    run([&, pair = read(gate_up), p = write(product), g = write(grad),
-         rows = grad_product.shape(0), size = grad_product.shape(1)] {
-      calm::gated_backward_kernel<S>(pair, p, g, rows, size);
-    });
+    run([&, pair = read(gate_up), p = write(product), g = write(grad), rows = grad_product.shape(0),
+         size = grad_product.shape(1)] { calm::gated_backward_kernel<S>(pair, p, g, rows, size); });
     return py::make_tuple(product, grad);
   }
 
@@ -120,12 +115,11 @@ class Kernels {
     const int64_t stretches = (rows + calm::kHeadSumRows - 1) / calm::kHeadSumRows;
     Array<T> partial({stretches, size}), by_unit({stretches, size});
     Array<N> sum(size), sum_by_unit(size);
-    const calm::ColumnSums<S> sums{read(values),           read(x), mean.data(), rstd.data(),
-                                   partial.mutable_data(), by_unit.mutable_data(), rows, size};
+    const calm::ColumnSums<S> sums{
+        read(values),           read(x), mean.data(), rstd.data(), partial.mutable_data(),
+        by_unit.mutable_data(), rows,    size};
     run([&] { calm::column_sums_kernel<S>(sums); });
-    run([&, out = write(sum)] {
-      calm::finish_sums_kernel<S>(sums.partial, out, stretches, size);
-    });
+    run([&, out = write(sum)] { calm::finish_sums_kernel<S>(sums.partial, out, stretches, size); });
     run([&, out = write(sum_by_unit)] {
       calm::finish_sums_kernel<S>(sums.partial_by_unit, out, stretches, size);
     });

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from calm_kernels.training import optimizer as module
-from calm_kernels.training.optimizer import Combined, Muon, make_optimizer, orthogonalize
+from calm_kernels.training.optimizer import Combined, make_optimizer
 from calm_kernels.training.presets import Optimization
 
 OPTIMIZATION = Optimization(
@@ -34,65 +32,16 @@ def names_of(model: nn.Module, parameters: list[Tensor]) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 17), (2, 30, 64)])
-def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    matrices = torch.randn(shape) * torch.tensor([1e-6, 1.0, 1e4])[: shape[0], None, None]
-    result = orthogonalize(matrices, steps=8)
-    values = torch.linalg.svdvals(result)
-    assert values.min() > 0.6 and values.max() < 1.25
-    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    aligned = torch.einsum("nij,nij->n", result, u @ vh) / result.flatten(1).norm(dim=1)
-    assert torch.all(aligned / shape[1] ** 0.5 > 0.98)
-
-
-def test_muon_s_first_step_is_the_scaled_orthogonal_gradient_with_decay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "native_bf16", lambda device: False)
+def test_muon_s_update_is_as_large_as_adamw_s_and_orthogonal() -> None:
     torch.manual_seed(1)
-    weights = [nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 4))]
-    before = [weight.detach().clone() for weight in weights]
-    gradients = [torch.randn_like(weight) for weight in weights]
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient.clone()
-    Muon(weights, lr=0.1, weight_decay=0.5).step()
-    for weight, old, gradient in zip(weights, before, gradients, strict=True):
-        flat = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.mT
-        update = orthogonalize(flat.unsqueeze(0)).squeeze(0)
-        update = update if gradient.shape[0] <= gradient.shape[1] else update.mT
-        expected = old * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
-        torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_muon_looks_one_step_ahead_of_the_averaged_gradient(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[Tensor] = []
-    monkeypatch.setattr(module, "native_bf16", lambda device: False)
-    monkeypatch.setattr(module, "orthogonalize", lambda x: seen.append(x.clone()) or x)
-    weight = nn.Parameter(torch.zeros(2, 3))
-    muon = Muon([weight], lr=0.1, momentum=0.9)
-    first, second = torch.randn(2, 3), torch.randn(2, 3)
-    for gradient in (first, second):
-        weight.grad = gradient.clone()
-        muon.step()
-    average = 0.9 * (0.1 * first) + 0.1 * second
-    torch.testing.assert_close(seen[1][0], 0.1 * second + 0.9 * average)
-
-
-def test_matrices_of_one_shape_are_updated_each_by_its_own_gradient() -> None:
-    torch.manual_seed(2)
-    gradients = torch.randn(3, 4, 4)
-    together = [nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
-    for weight, gradient in zip(together, gradients, strict=True):
-        weight.grad = gradient.clone()
-    Muon(together, lr=1.0).step()
-    for weight, gradient in zip(together, gradients, strict=True):
-        alone = nn.Parameter(torch.zeros(4, 4))
-        alone.grad = gradient.clone()
-        Muon([alone], lr=1.0).step()
-        torch.testing.assert_close(weight, alone, rtol=2e-2, atol=2e-2)
+    model = Model()
+    combined = make_optimizer(model, replace(OPTIMIZATION, weight_decay=0.0))
+    before = model.second.weight.detach().clone()
+    model.second.weight.grad = torch.randn_like(before)
+    combined.step()
+    update = (before - model.second.weight.detach()) / OPTIMIZATION.learning_rate
+    values = torch.linalg.svdvals(update) / (0.2 * max(update.shape) ** 0.5)
+    assert values.min() > 0.5 and values.max() < 1.5
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
@@ -119,11 +68,6 @@ def test_adamw_decays_matrices_and_leaves_vectors_and_frozen_weights() -> None:
         "inner.bias", "norm.weight", "norm.bias", "lm_head.bias",
     }  # fmt: skip
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
-
-
-def test_muon_refuses_what_is_no_matrix() -> None:
-    with pytest.raises(ValueError, match="expected matrices"):
-        Muon([nn.Parameter(torch.zeros(3))], lr=0.1)
 
 
 def run(model: Model, combined: torch.optim.Optimizer, steps: int) -> None:

@@ -9,9 +9,13 @@ MODULES = (
     "exact",
     "decode",
     "cross_entropy",
+    "trained_cross_entropy",
     "ffn",
     "encode",
     "head",
+    "ae_step",
+    "lm_step",
+    "generate",
 )
 
 for _name in MODULES:

@@ -131,6 +131,27 @@ def cost(case: Case) -> Cost:
     return Cost(moved, 6 * rows * hidden_size * vocab_size, case.dtype)
 
 
+VARIANTS = (
+    eager(plain, _gradients),
+    compiled(plain, _gradients),
+    Variant("torch chunked", "peer", _torch_chunked, missing=_needs_torch_2_13),
+    Variant(
+        "cut-cross-entropy",
+        "peer",
+        _cut_cross_entropy,
+        missing=needs_package("cut_cross_entropy", "cuda"),
+    ),
+    Variant("liger", "peer", _liger, missing=needs_package("liger_kernel", "cuda")),
+    *package(operator, OPERATORS, _gradients),
+    *package(
+        functools.partial(operator, drop_mass=DROP_MASS),
+        OPERATORS,
+        _gradients,
+        "drop_mass",
+        check=check_dropped,
+    ),
+)
+
 register(
     Workload(
         name="ae-ce",
@@ -142,26 +163,7 @@ register(
         },
         make_state=make_state,
         make_inputs=make_inputs,
-        variants=(
-            eager(plain, _gradients),
-            compiled(plain, _gradients),
-            Variant("torch chunked", "peer", _torch_chunked, missing=_needs_torch_2_13),
-            Variant(
-                "cut-cross-entropy",
-                "peer",
-                _cut_cross_entropy,
-                missing=needs_package("cut_cross_entropy", "cuda"),
-            ),
-            Variant("liger", "peer", _liger, missing=needs_package("liger_kernel", "cuda")),
-            *package(operator, OPERATORS, _gradients),
-            *package(
-                functools.partial(operator, drop_mass=DROP_MASS),
-                OPERATORS,
-                _gradients,
-                "drop_mass",
-                check=check_dropped,
-            ),
-        ),
+        variants=VARIANTS,
         exact=exact,
         check=check,
         cost=cost,

@@ -14,6 +14,7 @@ from calm_kernels.bench.workload import (
     Case,
     Check,
     Cost,
+    Growth,
     Inputs,
     Outputs,
     Setting,
@@ -119,5 +120,14 @@ register(
         exact=exact_logits,
         check=check,
         cost=cost,
+        growth=Growth(
+            base={
+                "small": Setting({"R": 8, "H": 16, "V": 96}),
+                "cpu": Setting({"R": 200, "H": 256, "V": 16384}),
+                "cuda": Setting({"R": 6400, "H": 512, "V": 65536}, torch.bfloat16),
+            },
+            axes=("R", "H", "V"),
+            variants=("eager", "native", "triton", "reference"),
+        ),
     )
 )
