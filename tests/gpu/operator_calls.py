@@ -107,6 +107,20 @@ def _law(draws: Draws) -> Arguments:
     }
 
 
+def _head_block(draws: Draws) -> Arguments:
+    weights = {"in": (24, 48), "mid": (24, 24), "out": (48, 24), "down": (24, 24)}
+    arguments = {
+        "e": draws.normal(7, 5, 24),
+        "condition": draws.normal(7, 24),
+        "norm_weight": 1 + 0.1 * draws.normal(24),
+        "norm_bias": 0.1 * draws.normal(24),
+    }
+    for name, shape in weights.items():
+        arguments[f"{name}_weight"] = draws.normal(*shape) * shape[1] ** -0.5
+        arguments[f"{name}_bias"] = 0.1 * draws.normal(shape[0])
+    return arguments
+
+
 def _ffn(draws: Draws) -> Arguments:
     hidden, size = 40, 72
     return {
@@ -298,6 +312,26 @@ CALLS = (
         _ffn,
         calm_kernels.gated_ffn,
         gradients=("x", "norm_weight", "gate_weight", "up_weight", "down_weight"),
+    ),
+    OperatorCall(
+        "energy_head_block",
+        ("energy_head_block", "energy_head_block_backward"),
+        _head_block,
+        calm_kernels.energy_head_block,
+        gradients=(
+            "e",
+            "condition",
+            "norm_weight",
+            "norm_bias",
+            "in_weight",
+            "in_bias",
+            "mid_weight",
+            "mid_bias",
+            "out_weight",
+            "out_bias",
+            "down_weight",
+            "down_bias",
+        ),
     ),
     OperatorCall(
         "embed_flatten-dropout",

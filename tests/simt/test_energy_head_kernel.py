@@ -61,7 +61,7 @@ def test_layer_norm_and_its_gradient(case: Case) -> None:
     x, grad, passed = (case.draw(case.rows, case.size) for _ in range(3))
     weight, bias = case.draw(case.size), case.draw(case.size)
     normed, mean, rstd = case.kernels.layer_norm(*map(to_numpy, (x, weight, bias)), EPS)
-    wide = x.double().requires_grad_()
+    wide = x.to(torch.float64, copy=True).requires_grad_()
     exact = F.layer_norm(wide, (case.size,), weight.double(), bias.double(), EPS)
     centre = x.double().mean(1)
     scale = (x.double().var(1, correction=0) + EPS).rsqrt()
@@ -94,7 +94,7 @@ def test_silu_adds_what_the_samples_of_a_position_share(case: Case) -> None:
 
 def test_gradient_of_silu(case: Case) -> None:
     x, grad = case.draw(case.rows, case.size), case.draw(case.rows, case.size)
-    wide = x.double().requires_grad_()
+    wide = x.to(torch.float64, copy=True).requires_grad_()
     (exact,) = torch.autograd.grad(F.silu(wide), wide, grad.double())
     actual, activated = case.kernels.silu_backward(to_numpy(x), to_numpy(grad))
     case.close(actual, exact)
@@ -104,7 +104,7 @@ def test_gradient_of_silu(case: Case) -> None:
 def test_gate_and_its_gradient(case: Case) -> None:
     gate_up, x = case.draw(case.rows, 2 * case.size), case.draw(case.rows, case.size)
     bias, grad = case.draw(case.size), case.draw(case.rows, case.size)
-    wide = gate_up.double().requires_grad_()
+    wide = gate_up.to(torch.float64, copy=True).requires_grad_()
     gate, up = wide.chunk(2, dim=1)
     exact = F.silu(gate) * up
     product, out = case.kernels.gated(to_numpy(gate_up), to_numpy(x), to_numpy(bias))
