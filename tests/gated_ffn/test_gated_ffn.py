@@ -117,6 +117,30 @@ def test_backends_agree_beyond_a_block_of_rows() -> None:
         torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-12)
 
 
+def test_large_odd_sizes_are_as_close_to_exact_as_plain_pytorch() -> None:
+    # Sums of several steps, and blocks and tiles that the sizes do not fill.
+    tensors, incoming = operands(1101, 301, 530, torch.float32), grad_of(1101, 301)
+    exact = outcome(composition, [t.double() for t in tensors], incoming.double())
+    errors = [
+        [float((a.double() - b).norm()) for a, b in zip(results, exact, strict=True)]
+        for results in (outcome(f, tensors, incoming) for f in (gated_ffn, composition))
+    ]
+    for name, ours, plain in zip(("out", *NAMES), *errors, strict=True):
+        assert ours <= 1.5 * plain, name
+
+
+def test_calls_of_other_sizes_between_change_nothing() -> None:
+    # Working memory is reused from call to call.
+    shapes = [(130, 40, 70), (1, 8, 12), (300, 48, 96), (130, 40, 70)]
+    found = [
+        outcome(gated_ffn, operands(*shape, torch.float32), grad_of(*shape[:2])) for shape in shapes
+    ]
+    for first, last in zip(found[0], found[-1], strict=True):
+        assert torch.equal(first, last)
+    outs = [gated_ffn(*operands(130, 40, 70, torch.float32, seed)) for seed in (0, 1)]
+    assert torch.equal(outs[0], found[0][0]) and not torch.equal(*outs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_gates_are_those_of_silu(dtype: torch.dtype) -> None:
     gates = torch.tensor([-1e30, -800.0, -89.0, -87.5, 0.0, 60.0, 90.0, 1e30], dtype=dtype)

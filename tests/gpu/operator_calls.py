@@ -121,10 +121,9 @@ def _head_block(draws: Draws) -> Arguments:
     return arguments
 
 
-def _ffn(draws: Draws) -> Arguments:
-    hidden, size = 40, 72
+def _ffn(draws: Draws, rows: int = 13, hidden: int = 40, size: int = 72) -> Arguments:
     return {
-        "x": draws.normal(13, hidden),
+        "x": draws.normal(rows, hidden),
         "norm_weight": 1.0 + 0.2 * draws.normal(hidden),
         "gate_weight": draws.normal(size, hidden) * hidden**-0.5,
         "up_weight": draws.normal(size, hidden) * hidden**-0.5,
@@ -332,6 +331,13 @@ CALLS = (
             "down_weight",
             "down_bias",
         ),
+    ),
+    OperatorCall(
+        "gated_ffn-odd_sizes",
+        ("gated_ffn", "gated_ffn_backward"),
+        lambda draws: _ffn(draws, 131, 33, 51),
+        calm_kernels.gated_ffn,
+        gradients=("x", "norm_weight", "gate_weight", "up_weight", "down_weight"),
     ),
     OperatorCall(
         "embed_flatten-dropout",
