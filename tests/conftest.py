@@ -1,11 +1,17 @@
-"""What the whole run says at its end."""
+"""Where compiled graphs are kept, and what the whole run says at its end."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+# The default is shared by all checkouts of a machine, and torch's key for a graph does not hold the
+# schemas of operators: a graph of another version would be found and fail.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build/inductor"))
 
 TRITON_RESOURCES = "triton_resources"
 """Property of a test's report: what an ahead-of-time compiled kernel uses, as JSON."""
