@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -12,17 +13,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import RandomSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from calm_kernels.models.sequences import seed_of_step
 from calm_kernels.training.blocks import PackedBlocks, collate
 from calm_kernels.training.errors import UserError
 from calm_kernels.training.optimizer import make_optimizer, native_bf16
 from calm_kernels.training.presets import Optimization
+from calm_kernels.training.processes import global_batch_size
 from calm_kernels.training.progress import Reporter
+from calm_kernels.training.sharding import load_weights, load_whole_state, shard, whole_state
 
 SAVE_TOTAL_LIMIT = 2
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+"""The Trainer's names of these files in a checkpoint."""
 _SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 _SHOWN = ("loss", "eval_token_accuracy", "eval_brier_lm")
 
@@ -35,6 +42,10 @@ class CalmTrainer(Trainer):
     The loss of these models is a mean over positions, never scaled by a token count, so
     accumulated batches are averaged. A frozen autoencoder inside the model stays in evaluation
     mode, because the model sees to it in ``train()``.
+
+    A step is a function of the weights, the seed, the step's number and the blocks of its global
+    batch: it comes out the same, but for rounding, however many processes and accumulated batches
+    share it. So do checkpoints.
     """
 
     def __init__(
@@ -45,13 +56,83 @@ class CalmTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self._evaluation = evaluation
+        self._is_noisy = "seed" in inspect.signature(self.model.forward).parameters
+        self._parts_done = (-1, 0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer that the preset asks for."""
+        """The optimizer that the preset asks for; with FSDP, of the shards."""
         if self.optimizer is None:
+            if self.is_fsdp_enabled:
+                shard(self.model, self.args.device)
             trained: Any = self.model if model is None else model
             self.optimizer = make_optimizer(trained, self._optimization)
         return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch; its noise depends on the step and the place in the global batch."""
+        if self._is_noisy:
+            step, done = self._parts_done
+            done = done + 1 if step == self.state.global_step else 0
+            self._parts_done = (self.state.global_step, done)
+            part = done * self.args.world_size + self.args.process_index
+            inputs = {
+                **inputs,
+                "seed": seed_of_step(self.args.seed, self.state.global_step),
+                "first_sequence": part * self.args.per_device_train_batch_size,
+            }
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Accelerate's, which it applies itself in every case but FSDP2."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(*args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> RandomSampler:
+        """As many shuffled blocks as fill global batches; the rest has its turn in other epochs.
+
+        Processes never see a block twice in an epoch, nor batches of other sizes than one process
+        would. Where there is less than one batch, all of it is one.
+        """
+        assert self.train_dataset is not None
+        blocks = len(self.train_dataset)
+        batch = global_batch_size(
+            self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        )
+        return RandomSampler(self.train_dataset, num_samples=blocks - blocks % batch or blocks)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint, name), map_location="cpu", mmap=True, weights_only=True)
+            for name in (OPTIMIZER, SCHEDULER)
+        )
+        load_whole_state(self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            load_weights(model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def whole_weights(self) -> dict[str, Any] | None:
+        """With FSDP the whole weights on rank 0 (every process must call it); else None."""
+        if not self.is_fsdp_enabled:
+            return None
+        weights: dict[str, Any] = self.accelerator.get_state_dict(self.model)
+        return weights
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Zero: counting parameters anew at every step costs more than it tells."""
@@ -67,20 +148,14 @@ class CalmTrainer(Trainer):
                 values = self._evaluation(model)
         finally:
             model.train(training)
+        if self.is_fsdp_enabled:
+            model.reshard()
         metrics = {f"eval_{name}": float(value) for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-
-class ProcessSeeds(TrainerCallback):
-    """Gives every process its own noise: the Trainer seeds them all alike."""
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if args.world_size > 1:
-            set_seed(args.seed + args.process_index)
 
 
 class StopOnDivergence(TrainerCallback):
@@ -165,6 +240,7 @@ def training_arguments(
     bf16: bool | None,
     cpu: bool,
     cpu_bf16: bool,
+    fsdp: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
     """The Trainer's arguments for one stage.
@@ -174,12 +250,14 @@ def training_arguments(
             only with ``cpu_bf16``.
         cpu: stay on the CPU although there is a GPU.
         cpu_bf16: see ``bf16``.
+        fsdp: shard weights, gradients and optimizer state among the processes.
         options: further arguments of the Trainer, by name.
     """
     cuda = torch.cuda.is_available() and not cpu
     device = torch.device("cuda" if cuda else "cpu")
     mixed = bf16 if bf16 is not None else (cuda or cpu_bf16) and native_bf16(device)
-    return TrainingArguments(
+    sharded = {"fsdp": True, "fsdp_config": {"version": 2}} if fsdp else {}
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=optimization.steps,
         per_device_train_batch_size=optimization.batch_size,
@@ -203,8 +281,12 @@ def training_arguments(
         disable_tqdm=True,
         log_level="error",
         ddp_find_unused_parameters=False,
+        **sharded,
         **(options or {}),
     )
+    # One process drives one GPU: several GPUs are for torchrun, not for torch's DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def make_trainer(
@@ -224,7 +306,7 @@ def make_trainer(
         train_dataset=blocks,
         eval_dataset=blocks,
         data_collator=collate,
-        callbacks=[ProcessSeeds(), history, StopOnDivergence(), Progress(reporter, title)],
+        callbacks=[history, StopOnDivergence(), Progress(reporter, title)],
         evaluation=evaluation,
         optimization=optimization,
     )
