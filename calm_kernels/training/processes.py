@@ -40,6 +40,18 @@ def check_processes(fsdp: bool) -> None:
         )
 
 
+def join_processes(cpu: bool = False) -> None:
+    """Let torchrun's processes find each other, if there are several.
+
+    Args:
+        cpu: they stay on the CPU although there are GPUs.
+    """
+    if num_processes() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=cpu)
+
+
 @contextlib.contextmanager
 def main_process_first(cpu: bool = False) -> Iterator[None]:
     """Let rank 0 run the block before the others do, so that they find what it made.
@@ -64,10 +76,9 @@ def on_main_process(function: Callable[[], T], cpu: bool = False) -> T:
     """
     if num_processes() == 1:
         return function()
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(cpu=cpu)
+    join_processes(cpu)
     outcome: list[T | UserError | None] = [None]
     if is_main_process():
         try:

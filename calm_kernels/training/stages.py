@@ -32,8 +32,10 @@ from calm_kernels.training.processes import (
 )
 from calm_kernels.training.progress import Reporter
 from calm_kernels.training.runs import CHECKPOINTS, HISTORY, STAGE, load_model, save_model
+from calm_kernels.training.sharding import ShardedTrainer, whole_weights
 from calm_kernels.training.tokenizers import Tokenizer
 from calm_kernels.training.trainer import (
+    CalmTrainer,
     History,
     last_checkpoint,
     make_trainer,
@@ -275,7 +277,6 @@ def _train(
             bf16=options.bf16,
             cpu=options.cpu,
             cpu_bf16=stage.cpu_bf16,
-            fsdp=options.fsdp,
             options=options.trainer,
         )
         torch.manual_seed(options.seed)
@@ -283,13 +284,14 @@ def _train(
         trainer = make_trainer(
             stage.build(), arguments, stage.optimization, stage.blocks, stage.running_evaluation,
             reporter, _TITLES[stage.kind], history,
+            ShardedTrainer if options.fsdp else CalmTrainer,
         )  # fmt: skip
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             reporter.end()
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-        weights = trainer.whole_weights()
+        weights = whole_weights(model) if options.fsdp else None
         if is_main_process():
             (stage.folder / STAGE).unlink(missing_ok=True)
             save_model(model, stage.tokenizer, stage.folder, weights)

@@ -25,11 +25,8 @@ from calm_kernels.training.optimizer import make_optimizer, native_bf16
 from calm_kernels.training.presets import Optimization
 from calm_kernels.training.processes import global_batch_size
 from calm_kernels.training.progress import Reporter
-from calm_kernels.training.sharding import load_weights, load_whole_state, shard, whole_state
 
 SAVE_TOTAL_LIMIT = 2
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
-"""The Trainer's names of these files in a checkpoint."""
 _SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 _SHOWN = ("loss", "eval_token_accuracy", "eval_brier_lm")
 
@@ -49,21 +46,24 @@ class CalmTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, evaluation: Evaluate, optimization: Optimization, **kwargs: Any
+        self,
+        *args: Any,
+        evaluation: Evaluate,
+        optimization: Optimization,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._optimization = optimization
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self._evaluation = evaluation
-        self._is_noisy = "seed" in inspect.signature(self.model.forward).parameters
+        model: Any = self.model
+        self._is_noisy = "seed" in inspect.signature(model.forward).parameters
         self._parts_done = (-1, 0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer that the preset asks for; with FSDP, of the shards."""
+        """The optimizer that the preset asks for."""
         if self.optimizer is None:
-            if self.is_fsdp_enabled:
-                shard(self.model, self.args.device)
             trained: Any = self.model if model is None else model
             self.optimizer = make_optimizer(trained, self._optimization)
         return self.optimizer
@@ -82,57 +82,18 @@ class CalmTrainer(Trainer):
             }
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
-        """Accelerate's, which it applies itself in every case but FSDP2."""
-        if self.is_fsdp_enabled:
-            return self.accelerator.autocast()
-        return super().autocast_smart_context_manager(*args, **kwargs)
-
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> RandomSampler:
         """As many shuffled blocks as fill global batches; the rest has its turn in other epochs.
 
         Processes never see a block twice in an epoch, nor batches of other sizes than one process
         would. Where there is less than one batch, all of it is one.
         """
-        assert self.train_dataset is not None
-        blocks = len(self.train_dataset)
+        dataset: Any = self.train_dataset
+        blocks = len(dataset)
         batch = global_batch_size(
             self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         )
-        return RandomSampler(self.train_dataset, num_samples=blocks - blocks % batch or blocks)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = whole_state(self.optimizer.optimizer)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir, OPTIMIZER))
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        state, schedule = (
-            torch.load(Path(checkpoint, name), map_location="cpu", mmap=True, weights_only=True)
-            for name in (OPTIMIZER, SCHEDULER)
-        )
-        load_whole_state(self.optimizer.optimizer, state)
-        self.lr_scheduler.load_state_dict(schedule)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            load_weights(model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def whole_weights(self) -> dict[str, Any] | None:
-        """With FSDP the whole weights on rank 0 (every process must call it); else None."""
-        if not self.is_fsdp_enabled:
-            return None
-        weights: dict[str, Any] = self.accelerator.get_state_dict(self.model)
-        return weights
+        return RandomSampler(dataset, num_samples=blocks - blocks % batch or blocks)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Zero: counting parameters anew at every step costs more than it tells."""
@@ -148,8 +109,6 @@ class CalmTrainer(Trainer):
                 values = self._evaluation(model)
         finally:
             model.train(training)
-        if self.is_fsdp_enabled:
-            model.reshard()
         metrics = {f"eval_{name}": float(value) for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -240,7 +199,6 @@ def training_arguments(
     bf16: bool | None,
     cpu: bool,
     cpu_bf16: bool,
-    fsdp: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
     """The Trainer's arguments for one stage.
@@ -250,13 +208,11 @@ def training_arguments(
             only with ``cpu_bf16``.
         cpu: stay on the CPU although there is a GPU.
         cpu_bf16: see ``bf16``.
-        fsdp: shard weights, gradients and optimizer state among the processes.
         options: further arguments of the Trainer, by name.
     """
     cuda = torch.cuda.is_available() and not cpu
     device = torch.device("cuda" if cuda else "cpu")
     mixed = bf16 if bf16 is not None else (cuda or cpu_bf16) and native_bf16(device)
-    sharded = {"fsdp": True, "fsdp_config": {"version": 2}} if fsdp else {}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=optimization.steps,
@@ -281,7 +237,6 @@ def training_arguments(
         disable_tqdm=True,
         log_level="error",
         ddp_find_unused_parameters=False,
-        **sharded,
         **(options or {}),
     )
     # One process drives one GPU: several GPUs are for torchrun, not for torch's DataParallel.
@@ -298,9 +253,10 @@ def make_trainer(
     reporter: Reporter,
     title: str,
     history: History,
+    trainer: type[CalmTrainer] = CalmTrainer,
 ) -> CalmTrainer:
     """A trainer for one stage; ``train()`` starts it."""
-    return CalmTrainer(
+    return trainer(
         model=model,
         args=arguments,
         train_dataset=blocks,
