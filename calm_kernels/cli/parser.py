@@ -29,7 +29,7 @@ training step by step:
   calm-kernels train baseline --preset small --output runs/small
   calm-kernels evaluate runs/small
 
-on several GPUs: torchrun --nproc_per_node 4 -m calm_kernels train autoencoder ...
+on several GPUs: torchrun --nproc_per_node 4 -m calm_kernels train autoencoder ... [--fsdp]
 every command explains itself: calm-kernels COMMAND --help
 """,
     )

@@ -128,6 +128,14 @@ class StopOnDivergence(TrainerCallback):
             )
 
 
+class LogAtCheckpoints(TrainerCallback):
+    """Leaves no loss at a checkpoint that is still to be averaged with later ones: the Trainer
+    forgets it, and a resumed run would log other values than one that was not interrupted."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= control.should_save
+
+
 class History(TrainerCallback):
     """Keeps what is logged as JSON lines: step, values and seconds of training so far."""
 
@@ -262,7 +270,12 @@ def make_trainer(
         train_dataset=blocks,
         eval_dataset=blocks,
         data_collator=collate,
-        callbacks=[history, StopOnDivergence(), Progress(reporter, title)],
+        callbacks=[
+            LogAtCheckpoints(),
+            history,
+            StopOnDivergence(),
+            Progress(reporter, title),
+        ],
         evaluation=evaluation,
         optimization=optimization,
     )
