@@ -14,6 +14,7 @@ from calm_kernels.training.data import TokenData, open_data
 from calm_kernels.training.errors import UserError
 from calm_kernels.training.files import read_json
 from calm_kernels.training.presets import EvaluationSettings
+from calm_kernels.training.processes import is_main_process, join_processes
 from calm_kernels.training.progress import Reporter
 from calm_kernels.training.runs import DATA, STAGE, load_model, models_in, run_folder_of
 
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"samples: expected at least 2 (a pair is needed); got {samples}")
     found = [(run, kind, folder) for run in arguments.runs
              for kind, folder in models_in(run).items()]  # fmt: skip
+    join_processes(arguments.cpu)
     reporter = make_reporter()
     scored = []
     for run_folder, kind, folder in found:
@@ -40,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         scored.append(
             (run_folder, kind, *_score(kind, folder, data, blocks, samples, arguments, reporter))
         )
+    if not is_main_process():
+        return
     if arguments.json:
         print(json.dumps([
             {"run": str(run_folder), "model": kind, "parameters": parameters, **metrics}
