@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from calm_kernels.models.decoder_layer import FastDecoderLayer, FastRMSNorm
 from calm_kernels.models.inputs import position_ids
+from calm_kernels.ops.rms_norm import rms_norm
 
 if TYPE_CHECKING:
     from calm_kernels.models.energy_transformer import EnergyTransformer
@@ -65,7 +67,7 @@ def why_not_static(model: EnergyTransformer) -> str | None:
     rope_type = backbone.rotary_emb.rope_type
     if any(name in rope_type for name in _ROPE_THAT_LOOKS_AT_LENGTHS):
         return f"rotary embedding {rope_type!r} depends on the length so far"
-    if not all(type(layer) is LlamaDecoderLayer for layer in backbone.layers):
+    if not all(type(layer) in (FastDecoderLayer, LlamaDecoderLayer) for layer in backbone.layers):
         return "a layer of the backbone is not transformers' LlamaDecoderLayer"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the model is spread over several devices"
@@ -226,8 +228,11 @@ def _widened(cached: Tensor, capacity: int) -> Tensor:
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
-    if type(module) is LlamaRMSNorm:
-        weight = module.weight.to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], weight, module.variance_epsilon)
+    if type(module) in (FastRMSNorm, LlamaRMSNorm):
+        norm: Any = module
+        weight = norm.weight.to(x.dtype)
+        if x.device.type == "cpu":
+            return rms_norm(x, weight, eps=norm.variance_epsilon)
+        return F.rms_norm(x, x.shape[-1:], weight, norm.variance_epsilon)
     out: Tensor = module(x)
     return out

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
 
 from calm_kernels.models.checkpoint import quiet_transformers
+from calm_kernels.models.decoder_layer import use_fast_layers
 from calm_kernels.nn.energy_head import ZeroLinear
 
 WIDTH_SCALED_GAIN = 0.8
@@ -46,7 +47,7 @@ class CalmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["FastDecoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As of ``PreTrainedModel``, without its progress bar."""
@@ -59,10 +60,13 @@ class CalmPreTrainedModel(PreTrainedModel):
 
 
 class Backbone(LlamaModel):
-    """The Llama backbone, with the initialisation scheme of its configuration."""
+    """The Llama backbone: fast layers, the initialisation scheme of its configuration."""
+
+    _no_split_modules = ["FastDecoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        use_fast_layers(self, config)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]

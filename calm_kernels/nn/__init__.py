@@ -7,6 +7,7 @@ from calm_kernels.nn.flow_head import FlowHead
 from calm_kernels.nn.gated_ffn import GatedFFN
 from calm_kernels.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from calm_kernels.nn.patch_codec import FoldedEncoder, PatchDecoder, PatchEncoder
+from calm_kernels.nn.rms_norm import RMSNorm
 from calm_kernels.nn.temperature import TemperatureSampler
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "PatchDecoder",
     "PatchEncoder",
+    "RMSNorm",
     "TemperatureSampler",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calm_kernels.nn.gated_ffn import GatedFFN
+from calm_kernels.nn.rms_norm import RMSNorm
 from calm_kernels.ops.linear_argmax import linear_argmax
 from calm_kernels.ops.patch_codec import (
     embed_flatten,
@@ -140,14 +141,6 @@ def _blocks(num_layers: int, hidden_size: int, intermediate_size: int, eps: floa
     )
 
 
-class _RMSNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input: under autocast, torch's fused path and no promotion."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
-
-
 class PatchEncoder(nn.Module):
     """Token ids of a patch to the mean and log standard deviation of its latent.
 
@@ -185,7 +178,7 @@ class PatchEncoder(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.encoder_layers = _blocks(num_encoder_layers, hidden_size, intermediate_size, eps)
         self.squeeze_layer = nn.Linear(patch_size * hidden_size, hidden_size)
-        self.norm = _RMSNorm(hidden_size, eps=eps)
+        self.norm = RMSNorm(hidden_size, eps=eps)
         self.hidden_to_latent = nn.Linear(hidden_size, 2 * latent_size)
         self._folded: FoldedEncoder | None = None
 
@@ -317,7 +310,7 @@ class PatchDecoder(nn.Module):
         self.latent_to_hidden = nn.Linear(latent_size, hidden_size)
         self.decoder_layers = _blocks(num_decoder_layers, hidden_size, intermediate_size, eps)
         self.expand_layer = nn.Linear(hidden_size, patch_size * hidden_size)
-        self.norm = _RMSNorm(hidden_size, eps=eps)
+        self.norm = RMSNorm(hidden_size, eps=eps)
         self.lm_head_weight = nn.Parameter(torch.randn(vocab_size, hidden_size) * hidden_size**-0.5)
 
     def hidden_states(self, latents: Tensor) -> Tensor:

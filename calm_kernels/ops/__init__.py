@@ -19,6 +19,7 @@ from calm_kernels.ops.patch_codec import (
     squeezed_tables,
 )
 from calm_kernels.ops.random import philox_normal, philox_uniform
+from calm_kernels.ops.rms_norm import rms_norm
 from calm_kernels.ops.temperature_sampling import (
     batch_temperature_sample,
     exact_temperature_sample,
@@ -43,6 +44,7 @@ __all__ = [
     "linear_cross_entropy",
     "philox_normal",
     "philox_uniform",
+    "rms_norm",
     "squeeze_patches",
     "squeezed_tables",
     "vocabulary_parallel_linear_argmax",

@@ -242,8 +242,9 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
     multiply(grad_x, grad_gate, gate, memory->left);
     multiply_onto(grad_x, grad_x, grad_up, up, memory->left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      rms_norm_backward<S>({row_of<S>(x, start + first), norm_weight, rstds + start + first,
-                            row_of<S>(grad_out, start + first), row_of<S>(grad_x, first),
+      S* const grad = row_of<S>(grad_x, first);
+      rms_norm_backward<S>({row_of<S>(x, start + first), norm_weight, rstds + start + first, grad,
+                            row_of<S>(grad_out, start + first), grad,
                             row_of<T>(partial, first / kTaskRows), n, hidden_size});
     });
   }

@@ -130,8 +130,10 @@ CALM_INLINE void rms_norm_backward_rows(const RmsNormBackwardRows<S>& rows) {
   using T = ComputeOf<S>;
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const S* x = rows.x + r * rows.size;
-    const S* grad_out = rows.grad_out + r * rows.size;
-    S* grad = rows.grad_x + r * rows.size;
+    const S* grad = rows.grad_normed + r * rows.size;
+    const S* residual =
+        rows.grad_residual == nullptr ? nullptr : rows.grad_residual + r * rows.size;
+    S* grad_x = rows.grad_x + r * rows.size;
     const T rstd = rows.rstd[r];
     Vector<T> products{};
     for_vectors<S>(rows.size, [&](int64_t i, auto count) __attribute__((always_inline)) {
@@ -145,7 +147,9 @@ CALM_INLINE void rms_norm_backward_rows(const RmsNormBackwardRows<S>& rows) {
     for_vectors<S>(rows.size, [&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vector<T> grad_unit = load<S>(grad + i, count) * load<S>(rows.norm_weight + i, count);
       const Vector<T> unit = load<S>(x + i, count) * rstd;
-      store<S>(grad + i, (grad_unit - unit * along) * rstd + load<S>(grad_out + i, count), count);
+      Vector<T> passed = (grad_unit - unit * along) * rstd;
+      if (residual != nullptr) passed += load<S>(residual + i, count);
+      store<S>(grad_x + i, passed, count);
     });
   }
 }

@@ -33,14 +33,15 @@ struct RmsNormAgainRows {
   int64_t size;
 };
 
-// grad_x holds the gradient of normed and becomes that of x, with grad_out (the residual's) added;
-// grad_norm_weight [size] is added to.
+// grad_x from the gradient of normed, which may lie in the same place, with that of a residual
+// added where there is one; grad_norm_weight [size] is added to.
 template <typename S>
 struct RmsNormBackwardRows {
   const S* x;
   const S* norm_weight;
   const ComputeOf<S>* rstd;
-  const S* grad_out;
+  const S* grad_normed;
+  const S* grad_residual;  // or nullptr
   S* grad_x;
   ComputeOf<S>* grad_norm_weight;
   int64_t num_rows;

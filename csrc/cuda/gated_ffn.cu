@@ -6,82 +6,11 @@
 // the gradient of normed comes out of one accumulation. The residual is what the last matmul adds
 // to. 18 R H I operations, forward and backward.
 
-#include <algorithm>
-#include <initializer_list>
-
-#include "cuda/gated_ffn_kernel.cuh"
 #include "cuda/matmul.cuh"
-#include "cuda/registration.cuh"
+#include "cuda/rms_norm_launch.cuh"
 
 namespace calm {
 namespace {
-
-// Enough blocks for every warp of the largest current chip several times over; the kernels stride.
-constexpr int64_t kMaxBlocks = 1 << 16;
-// The norm's backward leaves a row of sums a block.
-constexpr int64_t kMaxNormBackwardBlocks = 1 << 10;
-// Shared memory that every architecture gives a block without being asked.
-constexpr size_t kMaxSharedBytes = 48 << 10;
-
-int64_t blocks_for(int64_t num_rows, int64_t limit) {
-  return std::min(limit, (num_rows + kFfnWarpsPerBlock - 1) / kFfnWarpsPerBlock);
-}
-
-bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
-
-// function.template operator()<kCount>(): 16 bytes at a time where rows of `size` and all addresses
-// allow it.
-template <typename In, typename Function>
-void with_vector(int64_t size, std::initializer_list<const void*> addresses,
-                 const Function& function) {
-  const bool fits =
-      size % kFfnVector<In> == 0 && std::all_of(addresses.begin(), addresses.end(), is_aligned);
-  if (fits) {
-    function.template operator()<kFfnVector<In>>();
-  } else {
-    function.template operator()<1>();
-  }
-}
-
-template <typename In>
-struct Element {
-  static constexpr ScalarType kType = ScalarType::Float;
-};
-template <>
-struct Element<double> {
-  static constexpr ScalarType kType = ScalarType::Double;
-};
-
-// The kernels' storage types name torch's 16-bit types by their bits.
-template <typename In>
-const In* input(const Tensor& tensor) {
-  return static_cast<const In*>(tensor.const_data_ptr());
-}
-
-template <typename In>
-In* output(Tensor& tensor) {
-  return static_cast<In*>(tensor.mutable_data_ptr());
-}
-
-template <typename In>
-void launch_rms_norm(const Tensor& x, const Tensor& norm_weight, Tensor& rstd, Tensor& normed,
-                     double eps, bool has_rstd, cudaStream_t stream) {
-  const RmsNormArguments<In> arguments{input<In>(x),
-                                       input<In>(norm_weight),
-                                       output<In>(normed),
-                                       output<Compute<In>>(rstd),
-                                       x.size(0),
-                                       x.size(1),
-                                       eps,
-                                       has_rstd};
-  with_vector<In>(
-      x.size(1), {arguments.x, arguments.norm_weight, arguments.normed}, [&]<int kCount>() {
-        rms_norm_kernel<In, kCount>
-            <<<static_cast<unsigned>(blocks_for(x.size(0), kMaxBlocks)), kFfnThreads, 0, stream>>>(
-                arguments);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-      });
-}
 
 template <typename In>
 SwigluArguments<In> swiglu_arguments(const Tensor& gate_up, Tensor& product) {
@@ -112,45 +41,6 @@ void launch_swiglu_backward(const Tensor& gate_up, Tensor& product, Tensor& grad
                   });
 }
 
-// grad_x holds the gradient of normed; grad_norm_weight may be empty: not wanted.
-template <typename In>
-void launch_rms_norm_backward(const Tensor& x, const Tensor& norm_weight, const Tensor& rstd,
-                              const Tensor& grad_out, Tensor& grad_x, Tensor& grad_norm_weight,
-                              cudaStream_t stream) {
-  using T = Compute<In>;
-  const int64_t size = x.size(1);
-  const int64_t blocks = blocks_for(x.size(0), kMaxNormBackwardBlocks);
-  Tensor partial = torch::stable::new_empty(x, {blocks, size}, Element<T>::kType);
-  RmsNormBackwardArguments<In> arguments{input<In>(x),
-                                         input<In>(norm_weight),
-                                         input<T>(rstd),
-                                         input<In>(grad_out),
-                                         output<In>(grad_x),
-                                         output<T>(partial),
-                                         nullptr,
-                                         x.size(0),
-                                         size};
-  with_vector<In>(
-      size, {arguments.x, arguments.norm_weight, arguments.grad_out, arguments.grad_x},
-      [&]<int kCount>() {
-        const int64_t numbers = kFfnWarpsPerBlock * ffn_line_size<kCount>(size);
-        size_t shared_bytes = static_cast<size_t>(numbers) * sizeof(T);
-        Tensor lines = torch::stable::new_empty(x, {0}, Element<T>::kType);
-        if (shared_bytes > kMaxSharedBytes) {
-          lines = torch::stable::new_empty(x, {blocks, numbers}, Element<T>::kType);
-          arguments.lines = output<T>(lines);
-          shared_bytes = 0;
-        }
-        rms_norm_backward_kernel<In, kCount>
-            <<<static_cast<unsigned>(blocks), kFfnThreads, shared_bytes, stream>>>(arguments);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-      });
-  if (grad_norm_weight.numel() == 0) return;
-  column_sum_kernel<In><<<static_cast<unsigned>((size + 31) / 32), kFfnThreads, 0, stream>>>(
-      arguments.partial, output<In>(grad_norm_weight), blocks, size);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 // [first; second] as one matrix.
 Tensor packed(const Tensor& first, const Tensor& second) {
   const int64_t size = first.size(0);
@@ -160,23 +50,6 @@ Tensor packed(const Tensor& first, const Tensor& second) {
   torch::stable::copy_(upper, first);
   torch::stable::copy_(lower, second);
   return both;
-}
-
-// Calls function.template operator()<In>() for the tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<Float16>();
-    default:
-      STD_TORCH_CHECK(false, "gated_ffn: unexpected dtype");
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& norm_weight_in,
@@ -255,8 +128,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ffn_backward(
         torch::stable::copy_(grad_up_weight, rows(both, size, size));
       }
       matmul(grad_x, grad_gate_up, gate_and_up);
-      launch_rms_norm_backward<In>(x, norm_weight, rstd, grad_out, grad_x, grad_norm_weight,
-                                   stream);
+      launch_rms_norm_backward<In>(x, norm_weight, rstd, input<In>(grad_x), input<In>(grad_out),
+                                   grad_x, grad_norm_weight, stream);
     });
   }
   return {grad_x, grad_norm_weight, grad_gate_weight, grad_up_weight, grad_down_weight};

@@ -189,10 +189,11 @@ struct RmsNormBackwardArguments {
   const In* x;
   const In* norm_weight;
   const Compute<In>* rstd;
-  const In* grad_out;
-  In* grad_x;            // holds the gradient of n, becomes that of x
-  Compute<In>* partial;  // [blocks, size]: the sums of every block
-  Compute<In>* lines;    // [blocks, kFfnWarpsPerBlock, line size], or null: in shared memory
+  const In* grad_normed;
+  const In* grad_residual;  // or null
+  In* grad_x;               // may be grad_normed
+  Compute<In>* partial;     // [blocks, size]: the sums of every block
+  Compute<In>* lines;       // [blocks, kFfnWarpsPerBlock, line size], or null: in shared memory
   int64_t num_rows;
   int64_t size;
 };
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(kFfnThreads)
 
   for (int64_t row = first_row(); row < arguments.num_rows; row += row_step()) {
     const In* x = arguments.x + row * size;
-    const In* grad_out = arguments.grad_out + row * size;
+    const In* grad_normed = arguments.grad_normed + row * size;
     In* grad_x = arguments.grad_x + row * size;
     const T rstd = arguments.rstd[row];
     T along = 0;
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(kFfnThreads)
       T grad[kCount];
       T unit[kCount];
       T weight[kCount];
-      load_values<In, kCount>(grad_x + i, grad);
+      load_values<In, kCount>(grad_normed + i, grad);
       load_values<In, kCount>(x + i, unit);
       load_values<In, kCount>(arguments.norm_weight + i, weight);
       T* const sums = line + (i - lane * kCount) + lane;
@@ -255,11 +256,13 @@ __global__ void __launch_bounds__(kFfnThreads)
       T grad[kCount];
       T unit[kCount];
       T weight[kCount];
-      T residual[kCount];
-      load_values<In, kCount>(grad_x + i, grad);
+      T residual[kCount] = {};
+      load_values<In, kCount>(grad_normed + i, grad);
       load_values<In, kCount>(x + i, unit);
       load_values<In, kCount>(arguments.norm_weight + i, weight);
-      load_values<In, kCount>(grad_out + i, residual);
+      if (arguments.grad_residual != nullptr) {
+        load_values<In, kCount>(arguments.grad_residual + row * size + i, residual);
+      }
       CALM_UNROLL
       for (int k = 0; k < kCount; ++k) {
         grad[k] = (grad[k] * weight[k] - unit[k] * rstd * along) * rstd + residual[k];

@@ -125,7 +125,7 @@ py::tuple swiglu_backward(const Array<In>& gate_up, const Array<In>& grad_produc
   return py::make_tuple(product, grads);
 }
 
-// (grad_x, grad_norm_weight)
+// (grad_x, grad_norm_weight); in place without a separate gradient, no residual where it is empty
 template <typename In>
 py::tuple rms_norm_backward(const Array<In>& x, const Array<In>& weight,
                             const Array<calm::Compute<In>>& rstd, const Array<In>& grad_out,
@@ -141,15 +141,18 @@ py::tuple rms_norm_backward(const Array<In>& x, const Array<In>& weight,
   Array<T> partial = unwritten<T>({static_cast<py::ssize_t>(blocks), size});
   Array<T> lines = unwritten<T>({in_shared ? 0 : static_cast<py::ssize_t>(blocks), numbers});
   Array<In> grad_weight = unwritten<In>({size});
-  const calm::RmsNormBackwardArguments<In> arguments{input<In>(x),
-                                                     input<In>(weight),
-                                                     input<T>(rstd),
-                                                     input<In>(grad_out),
-                                                     output<In>(grad_x),
-                                                     output<T>(partial),
-                                                     in_shared ? nullptr : output<T>(lines),
-                                                     x.shape(0),
-                                                     size};
+  const bool residual = grad_out.size() != 0;
+  const calm::RmsNormBackwardArguments<In> arguments{
+      input<In>(x),
+      input<In>(weight),
+      input<T>(rstd),
+      residual ? input<In>(grad_x) : input<In>(grad_normed),
+      residual ? input<In>(grad_out) : nullptr,
+      output<In>(grad_x),
+      output<T>(partial),
+      in_shared ? nullptr : output<T>(lines),
+      x.shape(0),
+      size};
   launch<In>(size, in_shared ? static_cast<size_t>(numbers) * sizeof(T) : 0,
              How{blocks, order, poison},
              [&]<int kCount>() { calm::rms_norm_backward_kernel<In, kCount>(arguments); });

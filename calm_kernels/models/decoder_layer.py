@@ -1,0 +1,66 @@
+"""transformers' Llama layer with this package's norm and feed-forward block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+from calm_kernels.ops.gated_ffn import gated_ffn
+from calm_kernels.ops.rms_norm import rms_norm
+
+
+class FastRMSNorm(LlamaRMSNorm):
+    """On a CPU, and where no dtype is promoted, ``rms_norm``."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states
+        if x.device.type != "cpu" or x.dtype != self.weight.dtype:
+            out: Tensor = super().forward(x)
+            return out
+        return rms_norm(x, self.weight, eps=self.variance_epsilon)
+
+
+class FastDecoderLayer(LlamaDecoderLayer):
+    """Attention as it was; norm, feed-forward block and residual are one ``gated_ffn``.
+
+    Unless the residual stream is wider than the matmuls, as it may be under autocast: ``gated_ffn``
+    would narrow it.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or not self._takes(hidden_states):
+            out: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return out
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=normed, **kwargs)
+        mlp = self.mlp
+        return gated_ffn(
+            hidden_states + attended,
+            self.post_attention_layernorm.weight,
+            mlp.gate_proj.weight,
+            mlp.up_proj.weight,
+            mlp.down_proj.weight,
+            eps=self.post_attention_layernorm.variance_epsilon,
+        )
+
+    def _takes(self, x: Tensor) -> bool:
+        if torch.is_autocast_enabled(x.device.type):
+            return x.dtype == torch.get_autocast_dtype(x.device.type)
+        return bool(x.dtype == self.mlp.gate_proj.weight.dtype)
+
+
+def use_fast_layers(backbone: nn.Module, config: LlamaConfig) -> None:
+    """Give a Llama model's layers the classes above; parameters and their names stay.
+
+    Feed-forward blocks with a bias or another activation than SiLU keep transformers' code.
+    """
+    swiglu = config.hidden_act == "silu" and not config.mlp_bias
+    for module in backbone.modules():
+        if type(module) is LlamaRMSNorm:
+            module.__class__ = FastRMSNorm
+        elif type(module) is LlamaDecoderLayer and swiglu:
+            module.__class__ = FastDecoderLayer
