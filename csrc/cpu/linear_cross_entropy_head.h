@@ -5,8 +5,10 @@
 // sparse rows give their gradients at once and leave; when little room is left, the matmuls of the
 // backward run over all waiting rows together.
 //
-// Matmuls are torch's, one vocabulary tile to a task. Tiles and the order of every sum depend on
-// the shapes alone, so results are the same bits for any number of threads.
+// Matmuls are torch's, one vocabulary tile to a task; where the whole weight is no larger than a
+// tile, logits and hidden gradients are split by rows instead: sums over a fraction of a small
+// vocabulary would be short. Tiles, pieces and the order of every sum depend on the shapes alone,
+// so results are the same bits for any number of threads.
 #pragma once
 
 #include <cstring>
@@ -21,7 +23,7 @@ namespace calm {
 // matmul of 96 rows ran at 59, 56, 56, 52 and 45 GFLOP/s.
 constexpr int64_t kTileElements = 1 << 17;
 constexpr int64_t kSmallestTile = 16;
-constexpr int64_t kTasks = 8;  // tiles at least, and partial sums of the hidden gradient
+constexpr int64_t kTasks = 8;  // tiles or pieces, and partial sums of the hidden gradient
 
 // Slots fill this many values, 6.25 MiB in float32, but are never fewer than kFewestSlots: below
 // that, matmuls wait for the weight.
@@ -36,6 +38,7 @@ struct HeadShape {
   int64_t padded;  // a row of logits
   int64_t tile;    // vocabulary rows
   int64_t num_tiles;
+  bool by_rows;       // one tile of this size holds the weight
   int64_t num_parts;  // partial sums of the hidden gradient
 
   HeadShape(int64_t vocab_size, int64_t hidden_size)
@@ -46,7 +49,16 @@ struct HeadShape {
     const int64_t cached = kTileElements / std::max<int64_t>(hidden_size, 1);
     tile = std::max(kSmallestTile, std::min(cached / kSmallestTile * kSmallestTile, shared));
     num_tiles = ceil_div(vocab_size, tile);
-    num_parts = std::min(num_tiles, kTasks);
+    by_rows = vocab_size <= cached;
+    num_parts = by_rows ? 1 : std::min(num_tiles, kTasks);
+  }
+
+  // The same with one tile.
+  HeadShape whole() const {
+    HeadShape shape = *this;
+    shape.tile = vocab_size;
+    shape.num_tiles = 1;
+    return shape;
   }
 
   int64_t slots_for(int64_t num_rows) const {
@@ -71,6 +83,7 @@ class VocabularyHead {
   VocabularyHead(const HeadShape& shape, const In* hidden, const In* weight, const In* bias,
                  const HeadGradients<T>& gradients, bool has_lists, int64_t num_rows)
       : shape_(shape),
+        whole_(shape.whole()),
         hidden_(hidden),
         weight_(weight),
         gradients_(gradients),
@@ -132,6 +145,19 @@ class VocabularyHead {
   }
 
   void make_logits(int64_t begin, int64_t end) {
+    if (shape_.by_rows) {
+      for_tasks(kTasks, [&](int64_t first, int64_t last) {
+        Tile scratch(whole_);
+        const Matrix<const T> weight = scratch.load(weight_, 0);
+        for (int64_t task = first; task < last; ++task) {
+          const auto [from, to] = piece(begin, end, task);
+          if (from == to) continue;
+          const Matrix<T> out{logits(from), to - from, shape_.vocab_size, shape_.padded};
+          multiply<T>(out, packed(from, to), weight.transposed(), false);
+        }
+      });
+      return;
+    }
     const Matrix<const T> rows = packed(begin, end);
     for_tasks(shape_.num_tiles, [&](int64_t first, int64_t last) {
       Tile scratch(shape_);
@@ -228,9 +254,21 @@ class VocabularyHead {
     row_of_slot_[to] = row_of_slot_[from];
   }
 
-  void flush_tile(Tile& scratch, int64_t tile, int64_t part, bool first_of_part);
+  // Piece `task` of kTasks of the slots [begin, end).
+  static std::pair<int64_t, int64_t> piece(int64_t begin, int64_t end, int64_t task) {
+    const int64_t size = ceil_div(end - begin, kTasks);
+    const int64_t from = std::min(end, begin + task * size);
+    return {from, std::min(end, from + size)};
+  }
+
+  // The share of a tile in the gradients of the waiting rows, and in those of weight and bias.
+  void add_tile_to_hidden(Tile& scratch, int64_t tile, int64_t part, bool first_of_part);
+  void add_tile_to_weight(int64_t tile);
+  void flush_pieces();
+  void flush_tiles();
 
   HeadShape shape_;
+  HeadShape whole_;  // one tile
   const In* hidden_;
   const In* weight_;
   HeadGradients<T> gradients_;
@@ -317,17 +355,20 @@ void VocabularyHead<T, In>::keep_dense(int64_t begin, int64_t end) {
 }
 
 template <typename T, typename In>
-void VocabularyHead<T, In>::flush_tile(Tile& scratch, int64_t tile, int64_t part,
-                                       bool first_of_part) {
+void VocabularyHead<T, In>::add_tile_to_hidden(Tile& scratch, int64_t tile, int64_t part,
+                                               bool first_of_part) {
+  if (gradients_.hidden == nullptr) return;
   const int64_t size = shape_.hidden_size;
-  const Matrix<T> residual = residuals(0, num_waiting_, tile);
-  const Matrix<const T> values{residual.data, residual.rows, residual.columns, residual.row_stride};
+  T* sum = parts_.get() + part * num_slots_ * size;
+  multiply<T>({sum, num_waiting_, size, size}, residuals(0, num_waiting_, tile).read_only(),
+              scratch.load(weight_, tile), !first_of_part);
+}
+
+template <typename T, typename In>
+void VocabularyHead<T, In>::add_tile_to_weight(int64_t tile) {
+  const int64_t size = shape_.hidden_size;
+  const Matrix<const T> values = residuals(0, num_waiting_, tile).read_only();
   const int64_t column = tile * shape_.tile;
-  if (gradients_.hidden != nullptr) {
-    T* sum = parts_.get() + part * num_slots_ * size;
-    multiply<T>({sum, num_waiting_, size, size}, values, scratch.load(weight_, tile),
-                !first_of_part);
-  }
   if (gradients_.weight != nullptr) {
     multiply<T>({gradients_.weight + column * size, values.columns, size, size},
                 values.transposed(), packed(0, num_waiting_), !starts_empty_);
@@ -340,17 +381,50 @@ void VocabularyHead<T, In>::flush_tile(Tile& scratch, int64_t tile, int64_t part
 }
 
 template <typename T, typename In>
-void VocabularyHead<T, In>::flush() {
-  if (num_waiting_ == 0) return;
+void VocabularyHead<T, In>::flush_tiles() {
   const int64_t parts = shape_.num_parts;
   for_tasks(parts, [&](int64_t first, int64_t last) {
     Tile scratch(shape_);
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = part * shape_.num_tiles / parts;
       const int64_t end = (part + 1) * shape_.num_tiles / parts;
-      for (int64_t tile = begin; tile < end; ++tile) flush_tile(scratch, tile, part, tile == begin);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        add_tile_to_hidden(scratch, tile, part, tile == begin);
+        add_tile_to_weight(tile);
+      }
     }
   });
+}
+
+template <typename T, typename In>
+void VocabularyHead<T, In>::flush_pieces() {
+  const int64_t size = shape_.hidden_size;
+  if (gradients_.hidden != nullptr) {
+    for_tasks(kTasks, [&](int64_t first, int64_t last) {
+      Tile scratch(whole_);
+      const Matrix<const T> weight = scratch.load(weight_, 0);
+      for (int64_t task = first; task < last; ++task) {
+        const auto [from, to] = piece(0, num_waiting_, task);
+        if (from == to) continue;
+        const Matrix<const T> values{logits(from), to - from, shape_.vocab_size, shape_.padded};
+        multiply<T>({parts_.get() + from * size, to - from, size, size}, values, weight, false);
+      }
+    });
+  }
+  for_tasks(shape_.num_tiles, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) add_tile_to_weight(tile);
+  });
+}
+
+template <typename T, typename In>
+void VocabularyHead<T, In>::flush() {
+  if (num_waiting_ == 0) return;
+  const int64_t parts = shape_.num_parts;
+  if (shape_.by_rows) {
+    flush_pieces();
+  } else {
+    flush_tiles();
+  }
   starts_empty_ = false;
   if (gradients_.hidden != nullptr) {
     const int64_t size = shape_.hidden_size;

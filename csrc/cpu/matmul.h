@@ -27,6 +27,7 @@ struct Matrix {
   int64_t column_stride = 1;
 
   Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  Matrix<const T> read_only() const { return {data, rows, columns, row_stride, column_stride}; }
 };
 
 template <typename T>
