@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from calm_kernels.models.brier import BrierScores
 from calm_kernels.training.blocks import PackedBlocks
 from calm_kernels.training.progress import Reporter, SilentReporter
 from calm_kernels.training.scores import (
@@ -87,6 +88,7 @@ def evaluate_brier(
     *,
     num_samples: int,
     seed: int,
+    stride: int | None = None,
     reporter: Reporter | None = None,
 ) -> BrierResult:
     """BrierLM of ``count`` blocks spread over the held-out text.
@@ -97,6 +99,7 @@ def evaluate_brier(
         count: number of blocks, all if there are fewer.
         num_samples: draws a position.
         seed: of the draws; the result does not depend on the number of processes.
+        stride: tokens from one scored position to the next; the model's patch size if None.
         reporter: told about the progress.
     """
     reporter = reporter or SilentReporter()
@@ -107,27 +110,32 @@ def evaluate_brier(
     for start, chosen in _batches(indices, size):
         ids = _stack(blocks, chosen, model.device)
         with torch.no_grad():
-            sums[start : start + len(chosen)] = _block_sums(model, ids, num_samples, seed + start)
+            scores = model.evaluate_brier(
+                ids, num_samples=num_samples, seed=seed + start, stride=stride
+            )
+            sums[start : start + len(chosen)] = _block_sums(scores, len(chosen))
         reporter.step(start + len(chosen))
     reporter.end()
     sums = _summed(sums, model.device)
     return summarize(sums[:, :NGRAMS], sums[:, NGRAMS].astype(np.int64), num_samples)
 
 
-def _block_sums(model: Any, ids: Tensor, num_samples: int, seed: int) -> Floats:
+def _block_sums(scores: BrierScores, num_blocks: int) -> Floats:
     """Sums of Brier-1..4 over each block's positions, and how many counted, [B, 5]."""
-    result = model.evaluate_brier(ids, num_samples=num_samples, seed=seed)
-    sums = torch.zeros(len(ids), NGRAMS + 1, dtype=torch.float64)
-    rows = result.positions[:, 0].cpu()
-    sums[:, :NGRAMS].index_add_(0, rows, result.scores.double().cpu())
-    sums[:, NGRAMS] = torch.bincount(rows, minlength=len(ids))
+    sums = torch.zeros(num_blocks, NGRAMS + 1, dtype=torch.float64)
+    rows = scores.positions[:, 0].cpu()
+    sums[:, :NGRAMS].index_add_(0, rows, scores.scores.double().cpu())
+    sums[:, NGRAMS] = torch.bincount(rows, minlength=num_blocks)
     array: Floats = sums.numpy()
     return array
 
 
 def evaluate_unigram(
-    frequencies: Floats, blocks: PackedBlocks, count: int, patch_size: int
+    frequencies: Floats, blocks: PackedBlocks, count: int, stride: int
 ) -> BrierResult:
-    """The unigram model's exact scores on the blocks and positions that models are scored on."""
+    """The unigram model's exact scores on the blocks and positions that models are scored on.
+
+    ``stride``: tokens from one position to the next, the patch size for a model's own positions.
+    """
     ids = np.stack([blocks.block(index).numpy() for index in blocks.spread(count)])
-    return unigram_brier(frequencies, scored_tokens(ids, patch_size))
+    return unigram_brier(frequencies, scored_tokens(ids, stride))
