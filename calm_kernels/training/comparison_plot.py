@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ _FORMATS = (".png", ".svg", ".pdf")
 _SIZE = (11.0, 4.6)
 _LABEL_GAP = 0.055
 """Least distance of two labels, as a share of the axis."""
-_MARGIN = 3.0
-"""Room on either side of the points, a factor; labels need it."""
+_LEFT_OF_POINTS, _RIGHT_OF_POINTS = 0.12, 0.3
+"""Room on either side of the points, as a share of the axis; labels stand on the right."""
+_LEAST_RANGE = 2.0
+"""Factor between the ends of the axis, at least."""
 
 
 def plot_comparison(rows: Sequence[Compared], path: Path, caption: str) -> None:
@@ -101,6 +104,19 @@ def _sum(own: int | None, other: int | None) -> int | None:
     return None if own is None or other is None else own + other
 
 
+def _set_range(axes: Any, lowest: float, highest: float) -> None:
+    """Room for points and labels; ticks as 2 M, 5 M, 10 M."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    points = 1 - _LEFT_OF_POINTS - _RIGHT_OF_POINTS
+    whole = max(math.log(highest / lowest) / points, math.log(_LEAST_RANGE))
+    left = lowest * math.exp(-_LEFT_OF_POINTS * whole)
+    axes.set_xlim(left, left * math.exp(whole))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if whole < math.log(1e3) else (1,)))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _panel(
     axes: Any,
     models: Sequence[Compared],
@@ -119,7 +135,7 @@ def _panel(
     )
     everything = [cost for pair in costs for cost in pair if cost is not None]
     if everything:
-        axes.set_xlim(min(everything) / _MARGIN, max(everything) * _MARGIN)
+        _set_range(axes, min(everything), max(everything))
     for index in shown:
         own, more = costs[index]
         color = f"C{index % 10}"
