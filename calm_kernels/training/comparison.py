@@ -154,16 +154,19 @@ def common_positions(models: Sequence[Any]) -> tuple[int, int]:
 
 
 def training_flops(config: flops.ModelConfig, record: dict[str, Any]) -> int | None:
-    """Operations of a whole training from what ``stage.json`` says; None if it does not say."""
+    """Operations of a whole training from what ``stage.json`` says; None if it does not say.
+
+    A step's blocks are those of all accumulated batches and processes: ``global_batch_size`` where
+    it is recorded.
+    """
     optimization = _optimization(record)
-    try:
-        step = flops.training_step(
-            config, optimization["batch_size"], optimization["block_length"]
-        ).total
-        steps = int(optimization["steps"]) * int(optimization.get("gradient_accumulation", 1))
-    except KeyError:
-        return None
-    return step * steps * int(record.get("processes", 1))
+    batch_size = optimization.get("global_batch_size")
+    if batch_size is None:
+        batch_size = optimization.get("batch_size", 0) * optimization.get(
+            "gradient_accumulation", 1
+        )
+    length, steps = optimization.get("block_length", 0), optimization.get("steps", 0)
+    return flops.training_step(config, batch_size, length).total * steps or None
 
 
 def _optimization(record: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calm_kernels.models.brier import BrierScores
 from calm_kernels.training.blocks import PackedBlocks
 from calm_kernels.training.progress import Reporter, SilentReporter
 from calm_kernels.training.scores import (
@@ -110,22 +109,22 @@ def evaluate_brier(
     for start, chosen in _batches(indices, size):
         ids = _stack(blocks, chosen, model.device)
         with torch.no_grad():
-            scores = model.evaluate_brier(
-                ids, num_samples=num_samples, seed=seed + start, stride=stride
+            sums[start : start + len(chosen)] = _block_sums(
+                model, ids, num_samples, seed + start, stride
             )
-            sums[start : start + len(chosen)] = _block_sums(scores, len(chosen))
         reporter.step(start + len(chosen))
     reporter.end()
     sums = _summed(sums, model.device)
     return summarize(sums[:, :NGRAMS], sums[:, NGRAMS].astype(np.int64), num_samples)
 
 
-def _block_sums(scores: BrierScores, num_blocks: int) -> Floats:
+def _block_sums(model: Any, ids: Tensor, num_samples: int, seed: int, stride: int | None) -> Floats:
     """Sums of Brier-1..4 over each block's positions, and how many counted, [B, 5]."""
-    sums = torch.zeros(num_blocks, NGRAMS + 1, dtype=torch.float64)
-    rows = scores.positions[:, 0].cpu()
-    sums[:, :NGRAMS].index_add_(0, rows, scores.scores.double().cpu())
-    sums[:, NGRAMS] = torch.bincount(rows, minlength=num_blocks)
+    result = model.evaluate_brier(ids, num_samples=num_samples, seed=seed, stride=stride)
+    sums = torch.zeros(len(ids), NGRAMS + 1, dtype=torch.float64)
+    rows = result.positions[:, 0].cpu()
+    sums[:, :NGRAMS].index_add_(0, rows, result.scores.double().cpu())
+    sums[:, NGRAMS] = torch.bincount(rows, minlength=len(ids))
     array: Floats = sums.numpy()
     return array
 

@@ -44,14 +44,17 @@ def test_models_without_a_common_position_are_refused() -> None:
         common_positions([loaded("energy", 5, 64), loaded("energy", 7, 64)])
 
 
-def test_a_training_costs_its_steps_times_batches_times_processes() -> None:
+def test_a_training_costs_its_steps_times_its_batches() -> None:
     config = BaselineConfig(vocab_size=19, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
                             num_attention_heads=2)  # fmt: skip
-    optimization = {"steps": 7, "batch_size": 3, "block_length": 10, "gradient_accumulation": 5}
-    record: dict[str, Any] = {"settings": {"optimization": optimization}}
     step = flops.training_step(config, 3, 10).total
-    assert training_flops(config, record) == 7 * 5 * step
-    assert training_flops(config, {**record, "processes": 2}) == 2 * 7 * 5 * step
+    optimization = {"steps": 7, "block_length": 10}
+    for batch in (
+        {"batch_size": 3, "gradient_accumulation": 5}, {"batch_size": 15},
+        {"global_batch_size": 15},
+    ):  # fmt: skip
+        record = {"settings": {"optimization": {**optimization, **batch}}}
+        assert training_flops(config, record) == 7 * 5 * step
     assert training_flops(config, {}) is None
     # Nine positions: projections, attention over them and FFN of two layers, and the vocabulary.
     layer = 2 * (4 * 8 * 8 + 3 * 8 * 12) + 4 * 9 * 8
