@@ -42,6 +42,7 @@ from calm_kernels.training.comparison_plot import labels_of, plot_comparison
 from calm_kernels.training.data import TokenData, prepare_data
 from calm_kernels.training.evaluation import evaluate_brier
 from calm_kernels.training.files import read_json, write_json, write_text
+from calm_kernels.training.optimizer import native_bf16
 from calm_kernels.training.presets import EvaluationSettings, Optimization, Preset, preset
 from calm_kernels.training.progress import Reporter
 from calm_kernels.training.runs import DATA, load_model
@@ -251,10 +252,9 @@ Made by `{command}`. What it shows is told in [training](training.md).
 ## Training
 
 {training_table(compared, models)}
-Preset `{arguments.preset}`, seed {arguments.seed} everywhere, {torch.get_num_threads()} CPU \
-thread(s), torch {torch.__version__}. CPU seconds are processor time, scoring for the record \
-included. FLOPs a token without decode: at temperature 1 if the latent drawn were not decoded, \
-which is how the paper counts.
+{_conditions(arguments)} CPU seconds are processor time, a short scoring included. FLOPs a token \
+without decode: at temperature 1 if the latent drawn were not decoded, as the published counts of \
+CALM have it.
 
 ## The same question for all
 
@@ -264,9 +264,23 @@ The baseline's BrierLM above uses its probabilities. Scored by draws alone, as C
 """
 
 
+def _conditions(arguments: argparse.Namespace) -> str:
+    threads = torch.get_num_threads()
+    bf16 = preset(arguments.preset).cpu_bf16 and native_bf16(torch.device("cpu"))
+    same = "operations" if arguments.batch == "flops" else "text"
+    return (
+        f"Preset `{arguments.preset}`, seed {arguments.seed} for each, about the same {same} a "
+        f"step, {'bf16 autocast' if bf16 else 'float32'}, {threads} CPU "
+        f"thread{'s' * (threads > 1)}, torch {torch.__version__}."
+    )
+
+
 def _scored(rows: Sequence[Compared]) -> str:
     first = next(row for row in rows if row.kind != "autoencoder")
-    return f"Standard errors: jackknife over blocks; {first.metrics['samples']} draws a position."
+    return (
+        f"{first.metrics['samples']} draws a position; standard errors: jackknife over blocks, of "
+        "one training each."
+    )
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def comparison_notes(rows: Sequence[Compared]) -> str:
         "FLOPs: matrix products and attention; the language model's training leaves out its "
         "autoencoder's, a row of its own. "
         f"FLOPs a token: one patch drawn and decoded (T = 1), and with {candidates} candidates "
-        "drawn and decoded (T < 1); the context is one block."
+        "drawn and decoded (T < 1); the context is one block. BrierLM is that of T = 1."
     )
     return " ".join(sentences)
 
