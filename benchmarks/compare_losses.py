@@ -1,6 +1,6 @@
 """The demo's language model under three energy losses: time, memory and BrierLM side by side.
 
-    python benchmarks/compare_losses.py runs/demo --steps 200 --output docs/loss_comparison.md
+    python benchmarks/compare_losses.py runs/demo --steps 250
 
 Takes data and autoencoder of a finished demo run and trains a fresh language model for the same
 steps on the same batches from the same seed with each loss, each in a process of its own:

@@ -30,18 +30,19 @@ def tensor(
             f"{name}: expected dtype {_names(dtypes)}; got {_names([value.dtype])}; "
             "convert it with .to()"
         )
-    free_rank = bool(shape) and shape[0] == "*"
-    tail = list(shape[1:] if free_rank else shape)
-    actual = list(value.shape)
-    fits = len(actual) >= len(tail) if free_rank else len(actual) == len(tail)
-    if fits and tail:
-        fits = all(
-            isinstance(expected, str) or size == expected
-            for expected, size in zip(tail, actual[-len(tail) :], strict=True)
-        )
+    actual = value.shape
+    tail = shape
+    fits = len(actual) == len(shape)
+    if shape and shape[0] == "*":
+        tail = shape[1:]
+        fits = len(actual) >= len(tail)
+    if fits:
+        for expected, size in zip(reversed(tail), reversed(actual), strict=False):
+            if not isinstance(expected, str) and size != expected:
+                fits = False
     if not fits:
         expected_shape = ", ".join(str(entry) for entry in shape)
-        raise ValueError(f"{name}: expected shape [{expected_shape}]; got {actual}")
+        raise ValueError(f"{name}: expected shape [{expected_shape}]; got {list(actual)}")
 
 
 def same_device(**tensors: Tensor | None) -> torch.device:
@@ -98,7 +99,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
             )
         if seed.device != device:
             raise ValueError(f"seed: expected device {device}; got {seed.device}")
-        return seed.reshape(1)
+        return seed if seed.dim() == 1 else seed.reshape(1)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected int, int64 tensor or None; got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:

@@ -10,6 +10,7 @@ from calm_kernels.cli.console import make_reporter
 from calm_kernels.training.comparison import Scoring, compare
 from calm_kernels.training.comparison_plot import check_plot, plot_comparison
 from calm_kernels.training.files import make_folder, write_text
+from calm_kernels.training.processes import is_main_process, join_processes
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -19,7 +20,10 @@ def run(arguments: argparse.Namespace) -> None:
     names = ("blocks", "samples", "seed", "candidates", "data", "cpu")
     given = {name: getattr(arguments, name) for name in names}
     scoring = Scoring(**{name: value for name, value in given.items() if value is not None})
+    join_processes(arguments.cpu)
     rows = compare(arguments.runs, scoring, make_reporter())
+    if not is_main_process():
+        return
     title = f"held-out text, {scoring.blocks} blocks, {scoring.samples} draws a position"
     notes = results.comparison_notes(rows)
     if arguments.markdown is not None:

@@ -29,7 +29,7 @@ training step by step:
   calm-kernels train baseline --preset small --output runs/small
   calm-kernels evaluate runs/small
 
-on several GPUs: torchrun --nproc_per_node 4 -m calm_kernels train autoencoder ...
+on several GPUs: torchrun --nproc_per_node 4 -m calm_kernels train autoencoder ... [--fsdp]
 every command explains itself: calm-kernels COMMAND --help
 """,
     )
@@ -306,6 +306,10 @@ def _optimization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup-steps", type=int, metavar="N")
     group.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoint interval")
     group.add_argument("--evaluate-every", type=int, metavar="STEPS")
+    group.add_argument(
+        "--fsdp", action="store_true",
+        help="share weights, gradients and optimizer state out among torchrun's processes (FSDP2)",
+    )  # fmt: skip
     _running(parser)
     present = parser.add_mutually_exclusive_group()
     present.add_argument(

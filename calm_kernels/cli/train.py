@@ -15,7 +15,7 @@ from calm_kernels.training.errors import UserError
 from calm_kernels.training.files import read_json
 from calm_kernels.training.presets import Preset, checked, with_overrides
 from calm_kernels.training.presets import preset as find_preset
-from calm_kernels.training.processes import is_main_process, main_process_first
+from calm_kernels.training.processes import check_processes, is_main_process, main_process_first
 from calm_kernels.training.progress import Reporter
 from calm_kernels.training.runs import DATA, STAGE, find_model, run_folder_of
 from calm_kernels.training.stages import StageOptions
@@ -49,7 +49,7 @@ def run_energy(arguments: argparse.Namespace) -> None:
     source = run_folder_of(folder)
     output = arguments.output or source
     reporter = make_reporter()
-    with main_process_first():
+    with main_process_first(arguments.cpu):
         data = _data_of_autoencoder(folder, source, output, preset, arguments.corpus, reporter)
     _run("energy", output, preset, data, arguments, reporter, folder)
 
@@ -90,7 +90,7 @@ def _train_on_text(kind: str, arguments: argparse.Namespace) -> None:
         )
     output = arguments.output or Path("runs") / preset.name
     reporter = make_reporter()
-    with main_process_first():
+    with main_process_first(arguments.cpu):
         data = prepare_data(
             output / DATA,
             corpus=arguments.corpus or preset.corpus,
@@ -104,6 +104,7 @@ def _train_on_text(kind: str, arguments: argparse.Namespace) -> None:
 
 def _overridden(preset: Preset, kind: str, arguments: argparse.Namespace) -> Preset:
     """The preset with the numbers given on the command line, checked before any work is done."""
+    check_processes(arguments.fsdp)
     sizes = getattr(preset, kind)
     optimization = with_overrides(
         sizes.optimization,
@@ -140,8 +141,9 @@ def _run(
 
     mode = "overwrite" if arguments.overwrite else "resume" if arguments.resume else "refuse"
     options = StageOptions(
-        seed=arguments.seed, bf16=arguments.bf16, cpu=arguments.cpu, when_present=mode
-    )
+        seed=arguments.seed, bf16=arguments.bf16, cpu=arguments.cpu, fsdp=arguments.fsdp,
+        when_present=mode,
+    )  # fmt: skip
     result = train(kind, output, preset, data, options, reporter, autoencoder)
     if is_main_process():
         cells = results.row(str(output), kind, result.parameters, result.metrics)

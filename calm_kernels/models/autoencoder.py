@@ -145,7 +145,11 @@ class Autoencoder(CalmPreTrainedModel):
         return self
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, seed: int | Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        first_sequence: int = 0,
     ) -> AutoencoderOutput:
         """Losses of reconstructing tokens.
 
@@ -160,6 +164,8 @@ class Autoencoder(CalmPreTrainedModel):
                 ``input_ids`` itself if None.
             seed: of the dropouts and the noise: int, int64 tensor of one element, or None to draw
                 one from torch's generator.
+            first_sequence: where the sequences begin in a larger batch with one seed: parts of a
+                batch, computed apart, see the noise that the whole would.
 
         Raises:
             TypeError, ValueError: wrong dtype or shape, empty batch, L not a multiple of K, an id
@@ -176,8 +182,9 @@ class Autoencoder(CalmPreTrainedModel):
         targets = targets.reshape(-1)
 
         seed = _checks.seed_tensor(seed, input_ids.device)
-        mean, log_std = self.encoder(patches.flatten(0, 1), seed)
-        latents = self._noisy(mean, log_std, seed) if self.training else mean
+        first_patch = first_sequence * batch[1]
+        mean, log_std = self.encoder(patches.flatten(0, 1), seed, first_patch)
+        latents = self._noisy(mean, log_std, seed, first_patch) if self.training else mean
         hidden = self.decoder.hidden_states(latents)
         token_loss, info = self.cross_entropy(hidden, self.decoder.lm_head_weight, targets)
         kl_loss = self._kl(mean, log_std, targets if real is not None else None)
@@ -193,14 +200,15 @@ class Autoencoder(CalmPreTrainedModel):
             log_std=log_std.unflatten(0, batch),
         )
 
-    def _noisy(self, mean: Tensor, log_std: Tensor, seed: Tensor) -> Tensor:
+    def _noisy(self, mean: Tensor, log_std: Tensor, seed: Tensor, first_patch: int = 0) -> Tensor:
         """A draw from the posterior, thinned: [P, D].
 
-        Philox stream LATENT, row = patch: elements 0..D-1 are the normals of the draw; the
-        uniforms of the dropout start at the first multiple of 4 from D on, so they share no word.
+        Philox stream LATENT, row = patch, from ``first_patch`` on: elements 0..D-1 are the normals
+        of the draw; the uniforms of the dropout start at the first multiple of 4 from D on, so they
+        share no word.
         """
         num_patches, latent_size = mean.shape
-        rows = torch.arange(num_patches, device=mean.device)
+        rows = torch.arange(first_patch, first_patch + num_patches, device=mean.device)
         noise = philox_normal(seed, rows, latent_size, Stream.LATENT).to(mean.dtype)
         latents = mean + noise * log_std.exp()
         if (rate := self.config.ae_dropout) == 0.0:

@@ -181,6 +181,7 @@ class EnergyTransformer(CalmPreTrainedModel):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         seed: int | Tensor | None = None,
+        first_sequence: int = 0,
     ) -> EnergyTransformerOutput:
         """The loss of predicting every patch from those before it.
 
@@ -193,6 +194,8 @@ class EnergyTransformer(CalmPreTrainedModel):
                 right is never attended to by a patch that counts.
             seed: of the head's noise and the Monte Carlo targets: int, int64 tensor of one
                 element, or None to draw one from torch's generator.
+            first_sequence: where the sequences begin in a larger batch with one seed: parts of a
+                batch, computed apart, see the noise that the whole would.
 
         Raises:
             TypeError, ValueError: wrong dtype or shape, empty batch, L not a multiple of K or less
@@ -214,6 +217,7 @@ class EnergyTransformer(CalmPreTrainedModel):
             log_std,
             counted,
             seed,
+            first_sequence * hidden.shape[1],
         )
         return EnergyTransformerOutput(loss=loss)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from calm_kernels.models.configuration import CalmConfig
@@ -39,6 +41,7 @@ def training_loss(
     log_std: Tensor,
     mask: Tensor | None,
     seed: Tensor,
+    first_position: int = 0,
 ) -> Tensor:
     """The loss of a head against the posterior of the next patch, averaged over positions.
 
@@ -49,9 +52,18 @@ def training_loss(
         mean, log_std: [*, D].
         mask: bool [*], which positions count, or None for all.
         seed: of everything random.
+        first_position: where the positions begin in a larger batch with one seed. What is drawn is
+            what the larger batch draws there; only Monte Carlo targets are merely independent.
     """
     if isinstance(head, DenoisingHead):
-        return head.loss(hidden, mean, log_std, num_samples=num_samples, mask=mask, seed=seed)
-    samples = head(hidden, num_samples, seed=seed)
-    loss: Tensor = energy_loss(samples, mean, log_std, mask=mask, seed=seed)
+        return head.loss(
+            hidden, mean, log_std, num_samples=num_samples, mask=mask, seed=seed,
+            first_position=first_position,
+        )  # fmt: skip
+    positions = hidden.shape[:-1]
+    noise = head.draw_noise(
+        math.prod(positions), num_samples, hidden.device, seed, first_position
+    ).reshape(num_samples, *positions, -1)
+    samples = head(hidden, num_samples, noise=noise)
+    loss: Tensor = energy_loss(samples, mean, log_std, mask=mask, seed=seed + first_position)
     return loss

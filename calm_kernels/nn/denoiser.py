@@ -116,17 +116,22 @@ class TrainingDraws:
 
 
 def training_draws(
-    mean: Tensor, log_std: Tensor, num_samples: int, seed: int | Tensor | None
+    mean: Tensor,
+    log_std: Tensor,
+    num_samples: int,
+    seed: int | Tensor | None,
+    first_position: int = 0,
 ) -> TrainingDraws:
     """N draws for each of P positions from mean, log_std [P, D], in float32 at least.
 
     Targets use the stream of the energy loss's targets (row = position), noise and times that of
-    the head's noise (row = position * N + draw).
+    the head's noise (row = position * N + draw). Positions are counted from ``first_position``.
     """
     positions, size = mean.shape
     seed = _checks.seed_tensor(seed, mean.device)
-    rows = torch.arange(positions * num_samples, device=mean.device)
-    own = rows[:positions]
+    own = torch.arange(first_position, first_position + positions, device=mean.device)
+    first, count = first_position * num_samples, positions * num_samples
+    rows = torch.arange(first, first + count, device=mean.device)
     spread = philox_normal(seed, own, num_samples * size, Stream.ENERGY_TARGETS)
     noise = philox_normal(seed, rows, size, Stream.HEAD_NOISE)
     # The next whole block of the row, so that a time shares no word with the noise.
@@ -211,6 +216,7 @@ class DenoisingHead(nn.Module):
         num_samples: int,
         mask: Tensor | None = None,
         seed: int | Tensor | None = None,
+        first_position: int = 0,
     ) -> Tensor:
         """The training loss against Gaussian targets, averaged over positions and draws.
 
@@ -220,6 +226,7 @@ class DenoisingHead(nn.Module):
             num_samples: draws of target, noise and time for each position, at least 1.
             mask: bool [*], True where a position counts; what lies elsewhere touches nothing.
             seed: int, int64 tensor of one element, or None to draw one from torch's generator.
+            first_position: where the positions begin in a larger batch with one seed.
 
         Returns:
             scalar float32 (float64 for float64); 0 if no position counts.
@@ -238,7 +245,7 @@ class DenoisingHead(nn.Module):
             outside = ~mask.unsqueeze(-1)
             hidden, mean, log_std = (t.masked_fill(outside, 0.0) for t in (hidden, mean, log_std))
         flat = [t.reshape(-1, t.shape[-1]) for t in (hidden, mean, log_std)]
-        draws = training_draws(flat[1], flat[2], num_samples, seed)
+        draws = training_draws(flat[1], flat[2], num_samples, seed, first_position)
         error = self.errors(self.net.condition(flat[0]), draws).mean(dim=1)
         if mask is None:
             return error.sum() / max(error.numel(), 1)

@@ -95,10 +95,19 @@ class EnergyHead(nn.Module):
         self.final_layer = EnergyHeadOutput(hidden_size, latent_size)
 
     def draw_noise(
-        self, num_positions: int, num_samples: int, device: torch.device, seed: int | Tensor | None
+        self,
+        num_positions: int,
+        num_samples: int,
+        device: torch.device,
+        seed: int | Tensor | None,
+        first_position: int = 0,
     ) -> Tensor:
-        """Uniform noise, float32 [N, P, noise_size]; sample n of position p: Philox row p*N + n."""
-        rows = torch.arange(num_positions * num_samples, device=device)
+        """Uniform noise, float32 [N, P, noise_size]; sample n of position p: Philox row p*N + n.
+
+        Positions are counted from ``first_position``.
+        """
+        first, count = first_position * num_samples, num_positions * num_samples
+        rows = torch.arange(first, first + count, device=device)
         noise = philox_uniform(seed, rows, self.noise_size, Stream.HEAD_NOISE) - 0.5
         return noise.reshape(num_positions, num_samples, -1).transpose(0, 1)
 

@@ -22,6 +22,8 @@ from calm_kernels.ops.patch_codec import (
     squeezed_tables,
     weight_stamps,
 )
+from calm_kernels.ops.random import philox_uniform
+from calm_kernels.reference.philox import Stream
 
 FOLD_MODES = ("table", "squeezed")
 
@@ -187,7 +189,9 @@ class PatchEncoder(nn.Module):
         self.hidden_to_latent = nn.Linear(hidden_size, 2 * latent_size)
         self._folded: FoldedEncoder | None = None
 
-    def forward(self, ids: Tensor, seed: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, seed: int | Tensor | None = None, first_patch: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """ids [P, K] -> (mean, log_std), each [P, D].
 
         Uses the folded tables when there are any and the call is one they can stand for:
@@ -196,13 +200,17 @@ class PatchEncoder(nn.Module):
         Args:
             ids: int64 or int32 token ids.
             seed: of the token dropout (training mode only); None draws one.
+            first_patch: where the patches begin in a larger batch with one seed.
 
         Raises:
             ValueError: an id outside [0, V) (checked on CPU tensors), a wrong shape.
             RuntimeError: the tables are stale.
         """
         tables = self._usable_tables()
-        x = self._squeezed(ids, seed) if tables is None else tables(ids, self._sources())
+        if tables is None:
+            x = self._squeezed(ids, seed, first_patch)
+        else:
+            x = tables(ids, self._sources())
         for block in self.encoder_layers[self._stage :]:
             x = block(x)
         mean, log_std = self.hidden_to_latent(self.norm(x)).chunk(2, dim=-1)
@@ -244,10 +252,12 @@ class PatchEncoder(nn.Module):
         wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         return None if self.training or wants_gradient else self._folded
 
-    def _squeezed(self, ids: Tensor, seed: int | Tensor | None) -> Tensor:
+    def _squeezed(self, ids: Tensor, seed: int | Tensor | None, first_patch: int) -> Tensor:
         """Embedding, token dropout, first stage, flatten, squeeze: [P, K] -> [P, H]."""
         vocab_size, hidden_size = self.embed_tokens.weight.shape
         dropout = self.token_dropout if self.training else 0.0
+        if dropout > 0.0 and first_patch:
+            ids, dropout = _with_dropped(ids, dropout, seed, first_patch), 0.0
         table = self.embed_tokens.weight
         # The first stage is a function of the token alone: run it on whichever is fewer.
         once_per_token_of_vocabulary = vocab_size < ids.numel()
@@ -261,6 +271,16 @@ class PatchEncoder(nn.Module):
                 x = block(x)
             flat = x.reshape(-1, self.patch_size * hidden_size)
         return squeeze_patches(flat, self.squeeze_layer.weight, self.squeeze_layer.bias)
+
+
+def _with_dropped(
+    ids: Tensor, dropout: float, seed: int | Tensor | None, first_patch: int
+) -> Tensor:
+    """The token dropout of :func:`~calm_kernels.ops.patch_codec.embed_flatten`, with patches
+    counted from ``first_patch``."""
+    rows = torch.arange(first_patch, first_patch + ids.shape[0], device=ids.device)
+    uniforms = philox_uniform(seed, rows, ids.shape[1], Stream.TOKEN_DROPOUT)
+    return ids.masked_fill(uniforms < dropout, 0)
 
 
 class PatchDecoder(nn.Module):

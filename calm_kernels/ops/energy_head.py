@@ -43,10 +43,13 @@ _block_backward = define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps, ctx.saved = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of the size of the activations
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * (2 + _NUM_WEIGHTS + 2)
     if not ctx.saved:
         raise RuntimeError(
             "energy_head_block: no gradient without its activations: call the operator with "

@@ -62,10 +62,13 @@ _gated_ffn_backward = define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, rstd, gate_up = output
     ctx.mark_non_differentiable(rstd, gate_up)
+    ctx.set_materialize_grads(False)  # no zeros of the size of the activations
     ctx.save_for_backward(*inputs[:5], rstd, gate_up)
 
 
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
     weight_grads = any(ctx.needs_input_grad[1:5])
     grads = _gated_ffn_backward(
         grad_out.device, grad_out.contiguous(), *ctx.saved_tensors, weight_grads

@@ -35,11 +35,16 @@ _embed_flatten_backward = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
     ctx.vocab_size = inputs[1].shape[0]
 
 
-def _backward(ctx: Any, grad_flat: Tensor, _: Tensor) -> tuple[None, Tensor, None, None]:
+def _backward(
+    ctx: Any, grad_flat: Tensor | None, _: None
+) -> tuple[None, Tensor | None, None, None]:
+    if grad_flat is None:
+        return None, None, None, None
     (used_ids,) = ctx.saved_tensors
     grad = _embed_flatten_backward(
         grad_flat.device, grad_flat.contiguous(), used_ids, ctx.vocab_size

@@ -30,7 +30,7 @@ Draw = Callable[[Tensor, int], Tensor]
 
 
 def _batch_fake(
-    tokens: Tensor, exponent: Tensor, rows: Tensor, seed: Tensor
+    tokens: Tensor, exponent: Tensor, rows: Tensor | None, seed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, _, patch_size = tokens.shape
     return (
@@ -58,7 +58,7 @@ def _step_fake(
 
 _batch_temperature_sample = define(
     "batch_temperature_sample",
-    "(Tensor tokens, Tensor exponent, Tensor rows, Tensor seed) -> (Tensor, Tensor, Tensor)",
+    "(Tensor tokens, Tensor exponent, Tensor? rows, Tensor seed) -> (Tensor, Tensor, Tensor)",
     reference=reference.batch_temperature_sample,
     fake=_batch_fake,
 )
@@ -173,19 +173,16 @@ def batch_temperature_sample(
     check_values = device.type == "cpu" and not torch.compiler.is_compiling()
     exponent = _exponent(temperature, tokens.shape[0], device, check_values)
     seed = _checks.seed_tensor(seed, device)
-    rows = _stream_rows(rows, tokens.shape[0], device)
+    if rows is not None:
+        _check_stream_rows(rows, tokens.shape[0], device)
     patches, count, num_distinct = _batch_temperature_sample(device, tokens, exponent, rows, seed)
     return (patches, count, num_distinct) if return_counts else patches
 
 
-def _stream_rows(rows: Tensor | None, batch_size: int, device: torch.device) -> Tensor:
-    """Each sequence's row of the random stream, int64 [B]."""
-    if rows is None:
-        return torch.arange(batch_size, device=device)
+def _check_stream_rows(rows: Tensor, batch_size: int, device: torch.device) -> None:
     _checks.tensor("rows", rows, (torch.int64,), (batch_size,))
     if rows.device != device:
         raise ValueError(f"rows: expected device {device}; got {rows.device}; move it with .to()")
-    return rows
 
 
 def _checked_draws(draws: object, num_rows: int, count: int, like: Tensor | None) -> Tensor:
@@ -272,7 +269,10 @@ def exact_temperature_sample(
 
     values_at_hand = num_rounds is None or device.type == "cpu"
     b = _exponent(temperature, batch_size, device, check_values=values_at_hand)
-    rows = _stream_rows(rows, batch_size, device)
+    if rows is None:
+        rows = torch.arange(batch_size, device=device)
+    else:
+        _check_stream_rows(rows, batch_size, device)
     fewest = int(b.max().ceil()) if batch_size > 0 and values_at_hand else 1
     _checks.at_least("max_draws", max_draws, fewest, " = ceil(1/T), or none can be accepted")
     run = _Rounds(draw, b, rows, _checks.seed_tensor(seed, device), max_draws)

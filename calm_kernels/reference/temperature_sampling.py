@@ -103,7 +103,7 @@ def _count_equal(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_temperature_sample(
-    tokens: Tensor, exponent: Tensor, rows: Tensor, seed: Tensor
+    tokens: Tensor, exponent: Tensor, rows: Tensor | None, seed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The vote.
 
@@ -114,14 +114,16 @@ def batch_temperature_sample(
     Args:
         tokens: int64 or int32 [B, N, K].
         exponent: float64 [B], b = 1/T.
-        rows: int64 [B], each sequence's row of the stream.
+        rows: int64 [B], each sequence's row of the stream; None is 0..B-1.
         seed: int64 [1].
 
     Returns:
         the patches [B, K]; how often each occurs among its draws, int64 [B]; the number of
         distinct patches, int64 [B].
     """
-    _, num_draws, patch_size = tokens.shape
+    batch_size, num_draws, patch_size = tokens.shape
+    if rows is None:
+        rows = torch.arange(batch_size, device=tokens.device)
     counts, is_first = _count_equal(tokens)
     weights = vote_weights(num_draws, counts.amax(dim=1), exponent).gather(1, counts - 1)
     running = (weights * is_first).cumsum(dim=1)

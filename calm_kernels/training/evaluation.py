@@ -28,14 +28,19 @@ BRIER_BATCH = 4096
 """Tokens times samples a batch: bounds the memory of candidates decoded at once."""
 
 
-def _batches(indices: list[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """This process's batches of block indices, each with its place in the whole list."""
+def _batches(indices: list[int], size: int) -> Iterator[tuple[int, list[int], bool]]:
+    """This process's batches of block indices, each with its place in the whole list.
+
+    The last item says whether the batch counts: every process gets as many, because they gather
+    sharded weights together, and those that have run out repeat the last one.
+    """
     rank, world = 0, 1
     if dist.is_available() and dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     starts = range(0, len(indices), size)
-    for start in starts[rank::world]:
-        yield start, indices[start : start + size]
+    for number in range(rank, rank + len(starts), world):
+        start = starts[min(number, len(starts) - 1)]
+        yield start, indices[start : start + size], number < len(starts)
 
 
 def _summed(values: Floats, device: torch.device) -> Floats:
@@ -67,13 +72,15 @@ def evaluate_autoencoder(
     indices = blocks.spread(count)
     totals = np.zeros(3)
     reporter.begin("evaluating the autoencoder", len(indices))
-    for start, chosen in _batches(indices, max(1, AUTOENCODER_BATCH // blocks.block_length)):
+    size = max(1, AUTOENCODER_BATCH // blocks.block_length)
+    for start, chosen, counts in _batches(indices, size):
         ids = _stack(blocks, chosen, model.device)
         with torch.no_grad():
             output = model(input_ids=ids, labels=ids)
         tokens = ids.numel()
         correct = round(float(output.token_accuracy) * tokens)
-        totals += (correct, float(output.loss) * tokens, tokens)
+        if counts:
+            totals += (correct, float(output.loss) * tokens, tokens)
         reporter.step(start + len(chosen))
     reporter.end()
     right, loss, count_of_tokens = _summed(totals, model.device).tolist()
@@ -106,12 +113,12 @@ def evaluate_brier(
     sums = np.zeros((len(indices), NGRAMS + 1))
     size = max(1, BRIER_BATCH // (blocks.block_length * num_samples))
     reporter.begin("evaluating BrierLM", len(indices))
-    for start, chosen in _batches(indices, size):
+    for start, chosen, counts in _batches(indices, size):
         ids = _stack(blocks, chosen, model.device)
         with torch.no_grad():
-            sums[start : start + len(chosen)] = _block_sums(
-                model, ids, num_samples, seed + start, stride
-            )
+            scores = _block_sums(model, ids, num_samples, seed + start, stride)
+        if counts:
+            sums[start : start + len(chosen)] = scores
         reporter.step(start + len(chosen))
     reporter.end()
     sums = _summed(sums, model.device)

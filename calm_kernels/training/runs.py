@@ -117,15 +117,20 @@ def load_model(kind: str, folder: Path, autoencoder: Any = None) -> Any:
         ) from error
 
 
-def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model(
+    model: Any, tokenizer: Tokenizer, folder: Path, weights: dict[str, Any] | None = None
+) -> None:
     """Save a model with its tokenizer; files come into place when all are written.
+
+    Args:
+        weights: the whole weights of a model that has a part of them only.
 
     Raises:
         DiskFullError: no space; a model that was there before is untouched.
     """
 
     def fill(temporary: Path) -> None:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save(temporary)
 
     install_folder(folder, "the model", fill)

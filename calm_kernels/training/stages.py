@@ -22,11 +22,20 @@ from calm_kernels.training.blocks import PackedBlocks
 from calm_kernels.training.errors import UserError
 from calm_kernels.training.files import disk_errors, make_folder, read_json, write_json
 from calm_kernels.training.presets import Optimization
-from calm_kernels.training.processes import is_main_process
+from calm_kernels.training.processes import (
+    check_processes,
+    global_batch_size,
+    is_main_process,
+    num_processes,
+    on_main_process,
+    wait_for_everyone,
+)
 from calm_kernels.training.progress import Reporter
 from calm_kernels.training.runs import CHECKPOINTS, HISTORY, STAGE, load_model, save_model
+from calm_kernels.training.sharding import ShardedTrainer, whole_weights
 from calm_kernels.training.tokenizers import Tokenizer
 from calm_kernels.training.trainer import (
+    CalmTrainer,
     History,
     last_checkpoint,
     make_trainer,
@@ -50,6 +59,8 @@ class StageOptions:
     seed: int = 0
     bf16: bool | None = None
     cpu: bool = False
+    fsdp: bool = False
+    """Share weights, gradients and optimizer state out among the processes (FSDP2)."""
     when_present: str = "refuse"
     """What to do about a model or checkpoints in the folder: ``refuse`` to touch them, ``resume``
     an interrupted stage, ``overwrite``, or ``automatic``: reuse or resume what was made with the
@@ -102,8 +113,11 @@ def trained_settings(
 ) -> dict[str, Any]:
     """The settings that decide the weights: sizes and optimisation, seed, inputs."""
     kept = dict(sizes)
+    optimization = dict(sizes["optimization"])
+    shares = (optimization.pop("batch_size"), optimization.pop("gradient_accumulation"))
     kept["optimization"] = {
-        name: value for name, value in sizes["optimization"].items() if name not in _UNTRAINED
+        "global_batch_size": global_batch_size(*shares),
+        **{name: value for name, value in optimization.items() if name not in _UNTRAINED},
     }
     plain = {"format": FORMAT, "kind": kind, "seed": seed, **kept, **inputs}
     loaded: dict[str, Any] = json.loads(json.dumps(plain))
@@ -164,23 +178,43 @@ def _start(stage: Stage, options: StageOptions, reporter: Reporter) -> Path | st
             reporter.message(f"{stage.kind}: continuing from step {step}")
             return checkpoint
         if mode == "resume":
-            raise UserError(_changed(stage, changed, "was interrupted"))
+            raise UserError(_changed(stage, interrupted, changed, "was interrupted"))
     if record is not None:
-        changed = _differences(record.get("settings"), stage.settings)
+        settings = record.get("settings") or {}
+        changed = _differences(settings, stage.settings)
         if not changed:
             return "finished"
         if mode == "resume":
-            raise UserError(_changed(stage, changed, "was trained"))
+            raise UserError(_changed(stage, settings, changed, "was trained"))
         reporter.message(f"{stage.kind}: settings changed ({', '.join(changed)}): training again")
     elif mode == "resume":
         reporter.message(f"{stage.kind}: nothing to resume in {stage.folder}: starting at step 0")
     return None
 
 
-def _changed(stage: Stage, changed: list[str], what: str) -> str:
+def _changed(stage: Stage, old: Mapping[str, Any], changed: list[str], what: str) -> str:
     return (
-        f"{stage.folder} {what} with other settings ({', '.join(changed)}): pass the same "
-        f"settings, another --output or --overwrite"
+        f"{stage.folder} {what} with other settings ({', '.join(changed)}): "
+        f"{_same_batch(stage, old)}pass the same settings, another --output or --overwrite"
+    )
+
+
+def _same_batch(stage: Stage, old: Mapping[str, Any]) -> str:
+    """How these processes can share the former global batch, if that is what changed."""
+    batch = old.get("optimization", {}).get("global_batch_size")
+    if batch in (None, stage.settings["optimization"]["global_batch_size"]):
+        return ""
+    processes, accumulation = num_processes(), stage.optimization.gradient_accumulation
+    if batch % processes:
+        return (
+            f"{batch} blocks a step cannot be shared among {processes} processes: start a number "
+            f"of them that divides {batch}, or "
+        )
+    if batch % (processes * accumulation):
+        accumulation = 1
+    return (
+        f"{batch} blocks a step are --batch-size {batch // (processes * accumulation)} "
+        f"--accumulation {accumulation} with {processes} process{'es' * (processes > 1)}; "
     )
 
 
@@ -189,9 +223,12 @@ def run_stage(stage: Stage, options: StageOptions, reporter: Reporter) -> StageR
 
     Raises:
         UserError: the folder holds something that ``options.when_present`` does not let go of, the
-            training diverged. DiskFullError: no space; complete files and checkpoints survive.
+            training diverged, there are too few processes or blocks to share. DiskFullError: no
+            space; complete files and checkpoints survive.
     """
-    start = _start(stage, options, reporter)
+    check_processes(options.fsdp)
+    _check_blocks(stage)
+    start = on_main_process(lambda: _start(stage, options, reporter), options.cpu)
     if start == "finished":
         record = read_json(stage.folder / STAGE) or {}
         model = load_model(stage.kind, stage.folder)
@@ -207,6 +244,15 @@ def run_stage(stage: Stage, options: StageOptions, reporter: Reporter) -> StageR
         return _score(stage, model, seconds, reused=True)
     model, seconds = _train(stage, options, reporter, start if isinstance(start, Path) else None)
     return _score(stage, model, seconds, reused=False)
+
+
+def _check_blocks(stage: Stage) -> None:
+    batch = stage.settings["optimization"]["global_batch_size"]
+    if len(stage.blocks) < batch and num_processes() > 1:
+        raise UserError(
+            f"a step takes {batch} blocks from {num_processes()} processes, but the training text "
+            f"has {len(stage.blocks)}: lower --batch-size or --accumulation, or start fewer"
+        )
 
 
 def _place(model: Any, options: StageOptions) -> None:
@@ -238,16 +284,21 @@ def _train(
         trainer = make_trainer(
             stage.build(), arguments, stage.optimization, stage.blocks, stage.running_evaluation,
             reporter, _TITLES[stage.kind], history,
+            ShardedTrainer if options.fsdp else CalmTrainer,
         )  # fmt: skip
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             reporter.end()
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+        weights = whole_weights(model) if options.fsdp else None
         if is_main_process():
             (stage.folder / STAGE).unlink(missing_ok=True)
-            save_model(model, stage.tokenizer, stage.folder)
-        trainer.accelerator.wait_for_everyone()
+            save_model(model, stage.tokenizer, stage.folder, weights)
+        wait_for_everyone()
+    if options.fsdp:
+        model = load_model(stage.kind, stage.folder)
+        _place(model, options)
     return model, history.seconds
 
 
@@ -272,6 +323,7 @@ def _score(stage: Stage, model: Any, training_seconds: float, *, reused: bool) -
             },
         )
         shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
+    wait_for_everyone()
     return StageResult(
         stage.kind, stage.folder, model, parameters, metrics, training_seconds, seconds, reused
     )

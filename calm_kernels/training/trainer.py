@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -12,14 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import RandomSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from calm_kernels.models.sequences import seed_of_step
 from calm_kernels.training.blocks import PackedBlocks, collate
 from calm_kernels.training.errors import UserError
 from calm_kernels.training.optimizer import make_optimizer, native_bf16
 from calm_kernels.training.presets import Optimization
+from calm_kernels.training.processes import global_batch_size
 from calm_kernels.training.progress import Reporter
 
 SAVE_TOTAL_LIMIT = 2
@@ -35,16 +39,27 @@ class CalmTrainer(Trainer):
     The loss of these models is a mean over positions, never scaled by a token count, so
     accumulated batches are averaged. A frozen autoencoder inside the model stays in evaluation
     mode, because the model sees to it in ``train()``.
+
+    A step is a function of the weights, the seed, the step's number and the blocks of its global
+    batch: it comes out the same, but for rounding, however many processes and accumulated batches
+    share it. So do checkpoints.
     """
 
     def __init__(
-        self, *args: Any, evaluation: Evaluate, optimization: Optimization, **kwargs: Any
+        self,
+        *args: Any,
+        evaluation: Evaluate,
+        optimization: Optimization,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._optimization = optimization
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self._evaluation = evaluation
+        model: Any = self.model
+        self._is_noisy = "seed" in inspect.signature(model.forward).parameters
+        self._parts_done = (-1, 0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the preset asks for."""
@@ -52,6 +67,33 @@ class CalmTrainer(Trainer):
             trained: Any = self.model if model is None else model
             self.optimizer = make_optimizer(trained, self._optimization)
         return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch; its noise depends on the step and the place in the global batch."""
+        if self._is_noisy:
+            step, done = self._parts_done
+            done = done + 1 if step == self.state.global_step else 0
+            self._parts_done = (self.state.global_step, done)
+            part = done * self.args.world_size + self.args.process_index
+            inputs = {
+                **inputs,
+                "seed": seed_of_step(self.args.seed, self.state.global_step),
+                "first_sequence": part * self.args.per_device_train_batch_size,
+            }
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> RandomSampler:
+        """As many shuffled blocks as fill global batches; the rest has its turn in other epochs.
+
+        Processes never see a block twice in an epoch, nor batches of other sizes than one process
+        would. Where there is less than one batch, all of it is one.
+        """
+        dataset: Any = self.train_dataset
+        blocks = len(dataset)
+        batch = global_batch_size(
+            self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        )
+        return RandomSampler(dataset, num_samples=blocks - blocks % batch or blocks)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Zero: counting parameters anew at every step costs more than it tells."""
@@ -75,14 +117,6 @@ class CalmTrainer(Trainer):
         return metrics
 
 
-class ProcessSeeds(TrainerCallback):
-    """Gives every process its own noise: the Trainer seeds them all alike."""
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if args.world_size > 1:
-            set_seed(args.seed + args.process_index)
-
-
 class StopOnDivergence(TrainerCallback):
     """Ends a run whose loss is no number any more, before a checkpoint replaces a good one."""
 
@@ -92,6 +126,14 @@ class StopOnDivergence(TrainerCallback):
                 f"training diverged: the loss is {logs['loss']} at step {state.global_step}; "
                 f"lower --lr or raise --batch-size and start again with --resume or --overwrite"
             )
+
+
+class LogAtCheckpoints(TrainerCallback):
+    """Leaves no loss at a checkpoint that is still to be averaged with later ones: the Trainer
+    forgets it, and a resumed run would log other values than one that was not interrupted."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= control.should_save
 
 
 class History(TrainerCallback):
@@ -179,7 +221,7 @@ def training_arguments(
     cuda = torch.cuda.is_available() and not cpu
     device = torch.device("cuda" if cuda else "cpu")
     mixed = bf16 if bf16 is not None else (cuda or cpu_bf16) and native_bf16(device)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=optimization.steps,
         per_device_train_batch_size=optimization.batch_size,
@@ -205,6 +247,9 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         **(options or {}),
     )
+    # One process drives one GPU: several GPUs are for torchrun, not for torch's DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def make_trainer(
@@ -216,15 +261,21 @@ def make_trainer(
     reporter: Reporter,
     title: str,
     history: History,
+    trainer: type[CalmTrainer] = CalmTrainer,
 ) -> CalmTrainer:
     """A trainer for one stage; ``train()`` starts it."""
-    return CalmTrainer(
+    return trainer(
         model=model,
         args=arguments,
         train_dataset=blocks,
         eval_dataset=blocks,
         data_collator=collate,
-        callbacks=[ProcessSeeds(), history, StopOnDivergence(), Progress(reporter, title)],
+        callbacks=[
+            LogAtCheckpoints(),
+            history,
+            StopOnDivergence(),
+            Progress(reporter, title),
+        ],
         evaluation=evaluation,
         optimization=optimization,
     )

@@ -64,10 +64,12 @@ struct SiluBackwardRows {
   int64_t size;
 };
 
-// product = silu(gate) * up, gate_up [num_rows, 2 size] holds gate beside up; out = x + bias.
+// gate_up [num_rows, 2 size] holds gate beside up; gate_up += gate_up_bias where that is given,
+// product = silu(gate) * up, out = x + bias.
 template <typename S>
 struct GatedRows {
-  const S* gate_up;
+  S* gate_up;
+  const S* gate_up_bias;
   S* product;
   const S* x;
   const S* bias;

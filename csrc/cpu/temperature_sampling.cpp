@@ -1,9 +1,9 @@
 // Temperature sampling from draws, on CPUs: the vote and a round of the exact method.
 //
-// Vote: a hash table of the draws' patches gives the distinct ones in the order of their first
-// occurrence and how often each occurs; the hash finds a candidate, the comparison of all K ids
-// decides. Then one product a count for the weights and one running sum. O(N K) a sequence; fewest
-// bytes: the draws read once (8 N K); table and counts (24 bytes a draw) stay in L1 at N = 200.
+// Vote: a table over hashes tells each draw the first one of its patch; the hash finds a candidate,
+// the comparison of all K ids decides. Then one product a count for the weights and one running
+// sum. O(N K) a sequence; fewest bytes: the draws read once (8 N K); table and counts (48 bytes a
+// draw) stay in L1 at N = 200.
 //
 // Exact: a state machine walks the draws of a round in order and stops where it accepts. A draw
 // that differs from the candidate is told by its first token as a rule, so most draws cost one
@@ -14,9 +14,12 @@
 #include "common/temperature.h"
 
 #include <algorithm>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "cpu/lanes.h"
+#include "cpu/multiversion.h"
 #include "cpu/registration.h"
 
 namespace calm {
@@ -29,78 +32,104 @@ int64_t grain(int64_t num_draws) {
   return std::max<int64_t>(1, kGrainDraws / std::max<int64_t>(1, num_draws));
 }
 
-// The distinct patches of one sequence at a time, in the order of their first occurrence. K is the
-// patch size, or 0 where it is known at run time only.
+// Which draws of one sequence are the same patch.
 //
 // Whether a draw brings a new patch is as good as random, and a branch on it is guessed wrong every
-// other time. So new and known take one path: a new patch is compared with itself. With that and K
-// unrolled a draw costs 30% less (N = 200, Zipf over 1000 patches). A free slot is 0, another one
-// holds the upper half of a hash and the patch's number from 1.
-template <typename Id, int K>
-class PatchCounts {
- public:
-  struct Patch {
-    int32_t first;  // the draw where it occurs first
-    int32_t count;
-  };
+// other time. So nothing branches on it: all draws write their number into the table, the last one
+// first, so that every slot ends with the first draw that hashed there; then each draw reads its
+// slot back and compares itself with the draw it finds. Those that differ lost their slot to
+// another patch, a few in a hundred, and go round again among themselves. In every round the first
+// draw of each slot finds itself, so rounds end whatever the hashes are. Only slots written in the
+// round are read: the table is never cleared.
+struct PatchTable {
+  explicit PatchTable(int64_t num_draws)
+      : shift(64 - 2 - vote_table_log2(num_draws)),
+        slots(size_t{1} << (64 - shift)),
+        places(static_cast<size_t>(num_draws)),
+        pending(static_cast<size_t>(num_draws)),
+        firsts(static_cast<size_t>(num_draws)),
+        counts(static_cast<size_t>(num_draws)) {}
 
-  explicit PatchCounts(int64_t num_draws)
-      : shift_(64 - 1 - vote_table_log2(num_draws)),
-        slots_(size_t{1} << (64 - shift_)),
-        patches_(static_cast<size_t>(num_draws)) {}
-
-  void count(const Draws<Id>& draws, int64_t sequence) {
-    std::fill(slots_.begin(), slots_.end(), uint64_t{0});
-    std::fill(patches_.begin(), patches_.end(), Patch{0, 0});
-    const int64_t patch_size = K > 0 ? K : draws.patch_size;
-    const size_t mask = slots_.size() - 1;
-    distinct_ = 0;
-    for (int64_t i = 0; i < draws.num_draws; ++i) {
-      const Id* ids = draws.patch(sequence, i);
-      const uint64_t hash = hash_patch(ids, patch_size);
-      for (size_t at = static_cast<size_t>(hash >> shift_);; at = (at + 1) & mask) {
-        const uint64_t slot = slots_[at];
-        const uint64_t fresh = slot == 0;
-        const uint64_t number = (slot & 0xFFFFFFFFu) + fresh * (distinct_ + 1);
-        const uint64_t entry = (hash << 32) | number;
-        Patch& patch = patches_[number - 1];
-        const int64_t first = patch.first + static_cast<int64_t>(fresh) * i;
-        const uint64_t other = (slot ^ entry) * (1 - fresh);
-        if ((other | differs(ids, draws.patch(sequence, first), patch_size)) != 0) [[unlikely]] {
-          continue;
-        }
-        patch = {static_cast<int32_t>(first), patch.count + 1};
-        slots_[at] = entry;
-        distinct_ += fresh;
-        break;
-      }
-    }
-  }
-
-  std::span<const Patch> patches() const { return {patches_.data(), distinct_}; }
-
-  int64_t largest() const {
-    int32_t largest = 0;
-    for (const Patch& patch : patches()) largest = std::max(largest, patch.count);
-    return largest;
-  }
-
- private:
-  // Almost surely equal when asked, so without an early exit.
-  static uint64_t differs(const Id* a, const Id* b, int64_t patch_size) {
-    Id difference = 0;
-    for (int64_t k = 0; k < patch_size; ++k) difference |= a[k] ^ b[k];
-    return static_cast<uint64_t>(difference);
-  }
-
-  int shift_;
-  std::vector<uint64_t> slots_;
-  std::vector<Patch> patches_;
-  uint64_t distinct_ = 0;
+  int shift;
+  std::vector<int32_t> slots;
+  std::vector<int32_t> places;   // each draw's slot
+  std::vector<int32_t> pending;  // draws of this round
+  std::vector<int32_t> firsts;   // each draw's patch occurs there first
+  std::vector<int32_t> counts;   // how often; 0 for draws that repeat an earlier one
 };
 
+// The patches of one sequence; K is the patch size, or 0 where it is known at run time only.
+template <int K, typename Id>
+struct SequenceDraws {
+  const Id* ids;
+  int64_t stride;
+  int64_t num_draws;
+  int64_t patch_size;
+
+  CALM_INLINE const Id* operator[](int64_t draw) const { return ids + draw * stride; }
+  CALM_INLINE int64_t size() const { return K > 0 ? K : patch_size; }
+};
+
+// Notes the first draw of the patch that draw i brings, or that i stays pending; returns how many
+// are pending then.
+template <typename Draws>
+CALM_INLINE int64_t settle(const Draws& draws, int64_t i, int64_t num_pending, const int32_t* slots,
+                           const int32_t* places, int32_t* pending, int32_t* firsts) {
+  const int64_t first = slots[places[i]];
+  const auto* a = draws[i];
+  const auto* b = draws[first];
+  auto difference = a[0] ^ b[0];
+  for (int64_t k = 1; k < draws.size(); ++k) difference |= a[k] ^ b[k];
+  firsts[i] = static_cast<int32_t>(first);
+  pending[num_pending] = static_cast<int32_t>(i);
+  return num_pending + static_cast<int64_t>(difference != 0);
+}
+
+template <typename Draws>
+CALM_INLINE void count_sequence(const Draws& draws, PatchTable& table) {
+  int32_t* const slots = table.slots.data();
+  int32_t* const places = table.places.data();
+  int32_t* const pending = table.pending.data();
+  int32_t* const firsts = table.firsts.data();
+  int32_t* const counts = table.counts.data();
+  const int64_t num_draws = draws.num_draws;
+  for (int64_t i = 0; i < num_draws; ++i) {
+    places[i] = static_cast<int32_t>(hash_patch(draws[i], draws.size()) >> table.shift);
+  }
+  for (int64_t i = num_draws - 1; i >= 0; --i) slots[places[i]] = static_cast<int32_t>(i);
+  int64_t num_pending = 0;
+  for (int64_t i = 0; i < num_draws; ++i) {
+    num_pending = settle(draws, i, num_pending, slots, places, pending, firsts);
+  }
+  while (num_pending > 0) {
+    for (int64_t p = num_pending - 1; p >= 0; --p) slots[places[pending[p]]] = pending[p];
+    const int64_t num_before = num_pending;
+    num_pending = 0;
+    for (int64_t p = 0; p < num_before; ++p) {
+      num_pending = settle(draws, pending[p], num_pending, slots, places, pending, firsts);
+    }
+  }
+  std::fill_n(counts, num_draws, 0);
+  for (int64_t i = 0; i < num_draws; ++i) ++counts[firsts[i]];
+}
+
+template <int K, typename Id>
+void count_patches(const SequenceDraws<K, Id>& draws, PatchTable& table);
+
+#define CALM_COUNT_PATCHES(K, Id)                                                              \
+  template <>                                                                                  \
+  CALM_MULTIVERSION void count_patches(const SequenceDraws<K, Id>& draws, PatchTable& table) { \
+    count_sequence(draws, table);                                                              \
+  }
+
+CALM_COUNT_PATCHES(4, int64_t)
+CALM_COUNT_PATCHES(0, int64_t)
+CALM_COUNT_PATCHES(4, int32_t)
+CALM_COUNT_PATCHES(0, int32_t)
+
 // weights[c] for c = 1..largest, zero where it rounds to zero.
-void weigh_counts(const VoteLaw& law, int64_t largest, std::vector<double>& weights) {
+CALM_MULTIVERSION void weigh_counts(const VoteLaw& law, int64_t largest,
+                                    std::vector<double>& weights) {
   double product = 1.0;
   int64_t c = largest;
   for (; c >= 1 && !(product < kNegligibleWeight); --c) {
@@ -110,37 +139,102 @@ void weigh_counts(const VoteLaw& law, int64_t largest, std::vector<double>& weig
   std::fill(weights.begin(), weights.begin() + c + 1, 0.0);
 }
 
-struct VoteResult {
+// The patches' weights added up, block by block: multiples of 2^-40, so a sum is exact in any
+// order.
+struct RunningWeight {
+  static constexpr int64_t kBlock = 16;
+
+  explicit RunningWeight(int64_t num_draws)
+      : blocks(static_cast<size_t>((num_draws + kBlock - 1) / kBlock)) {}
+
+  std::vector<double> blocks;
+};
+
+struct Tally {
+  int64_t largest;
+  int64_t num_distinct;
+};
+
+CALM_MULTIVERSION Tally tally(const std::vector<int32_t>& counts) {
+  int32_t largest = 0;
+  int32_t num_distinct = 0;
+  for (const int32_t c : counts) {
+    largest = std::max(largest, c);
+    num_distinct += c > 0 ? 1 : 0;
+  }
+  return {largest, num_distinct};
+}
+
+// weights[c] is the weight of a patch that occurs c times, weights[0] = 0.
+double add_up(const std::vector<int32_t>& counts, const std::vector<double>& weights,
+              RunningWeight& running) {
+  const int64_t size = static_cast<int64_t>(counts.size());
+  double total = 0.0;
+  for (int64_t begin = 0; begin < size; begin += RunningWeight::kBlock) {
+    const int64_t end = std::min(size, begin + RunningWeight::kBlock);
+    double part[4] = {};
+    for (int64_t i = begin; i < end; ++i) part[i % 4] += weights[counts[i]];
+    const double sum = (part[0] + part[1]) + (part[2] + part[3]);
+    running.blocks[begin / RunningWeight::kBlock] = sum;
+    total += sum;
+  }
+  return total;
+}
+
+// The first draw at which the running sum passes the threshold.
+int64_t find(const std::vector<int32_t>& counts, const std::vector<double>& weights,
+             const RunningWeight& sums, double threshold) {
+  const int64_t size = static_cast<int64_t>(counts.size());
+  double running = 0.0;
+  for (int64_t begin = 0; begin < size; begin += RunningWeight::kBlock) {
+    const double sum = sums.blocks[begin / RunningWeight::kBlock];
+    if (running + sum <= threshold) {
+      running += sum;
+      continue;
+    }
+    for (int64_t i = begin; i < std::min(size, begin + RunningWeight::kBlock); ++i) {
+      running += weights[counts[i]];
+      if (running > threshold) return i;
+    }
+  }
+  // The threshold was rounded up to the total: the last patch that can be chosen.
+  int64_t last = size - 1;
+  while (weights[counts[last]] == 0.0) --last;
+  return last;
+}
+
+template <typename Id>
+struct VoteTask {
+  Draws<Id> draws;
+  const double* exponent;
+  const int64_t* rows;  // nullptr: 0, 1, 2, ...
+  uint64_t seed;
+  Id* chosen;
   int64_t* count;
   int64_t* num_distinct;
 };
 
+// Votes of sequences begin <= s < end.
 template <int K, typename Id>
-void vote(const Draws<Id>& draws, const double* exponent, const int64_t* rows, uint64_t seed,
-          Id* chosen, const VoteResult& result, int64_t begin, int64_t end) {
-  PatchCounts<Id, K> counts(draws.num_draws);
+void vote(const VoteTask<Id>& task, int64_t begin, int64_t end) {
+  const Draws<Id>& draws = task.draws;
+  PatchTable table(draws.num_draws);
+  RunningWeight running(draws.num_draws);
   std::vector<double> weights(static_cast<size_t>(draws.num_draws) + 1);
+  const auto& counts = table.counts;
   for (int64_t s = begin; s < end; ++s) {
-    counts.count(draws, s);
-    const auto patches = counts.patches();
-    weigh_counts(VoteLaw(exponent[s], draws.num_draws), counts.largest(), weights);
-    // Multiples of 2^-40, so the sum is exact in any order: four chains of additions, not one.
-    double part[4] = {};
-    for (size_t i = 0; i < patches.size(); ++i) part[i % 4] += weights[patches[i].count];
-    const double total = part[0] + part[1] + part[2] + part[3];
-    const double u =
-        wide_uniform(seed, static_cast<uint64_t>(rows[s]), 0, Stream::kBatchTemperature);
-    const double threshold = u * total;
-    // Some patch passes the threshold, for u < 1.
-    size_t winner = 0;
-    for (double running = weights[patches[0].count]; running <= threshold;) {
-      if (winner + 1 == patches.size()) break;
-      running += weights[patches[++winner].count];
-    }
-    std::copy_n(draws.patch(s, patches[winner].first), draws.patch_size,
-                chosen + s * draws.patch_size);
-    result.count[s] = patches[winner].count;
-    result.num_distinct[s] = static_cast<int64_t>(patches.size());
+    count_patches(SequenceDraws<K, Id>{draws.patch(s, 0), draws.draw_stride, draws.num_draws,
+                                       draws.patch_size},
+                  table);
+    const Tally found = tally(counts);
+    weigh_counts(VoteLaw(task.exponent[s], draws.num_draws), found.largest, weights);
+    const double total = add_up(counts, weights, running);
+    const uint64_t row = static_cast<uint64_t>(task.rows == nullptr ? s : task.rows[s]);
+    const double u = wide_uniform(task.seed, row, 0, Stream::kBatchTemperature);
+    const int64_t winner = find(counts, weights, running, u * total);
+    std::copy_n(draws.patch(s, winner), draws.patch_size, task.chosen + s * draws.patch_size);
+    task.count[s] = counts[winner];
+    task.num_distinct[s] = found.num_distinct;
   }
 }
 
@@ -184,31 +278,28 @@ Draws<Id> draws_of(const Tensor& tokens) {
 
 std::tuple<Tensor, Tensor, Tensor> batch_temperature_sample(const Tensor& tokens_in,
                                                             const Tensor& exponent_in,
-                                                            const Tensor& rows_in,
+                                                            const std::optional<Tensor>& rows_in,
                                                             const Tensor& seed_tensor) {
   const Tensor tokens = with_neighbouring_ids(tokens_in);
   const Tensor exponent = torch::stable::contiguous(exponent_in);
-  const Tensor rows = torch::stable::contiguous(rows_in);
+  const Tensor rows = rows_in ? torch::stable::contiguous(*rows_in) : Tensor();
   const int64_t num_sequences = tokens.size(0);
   Tensor patches = torch::stable::new_empty(tokens, {num_sequences, tokens.size(2)});
   Tensor count = torch::stable::new_empty(tokens, {num_sequences}, ScalarType::Long);
   Tensor num_distinct = torch::stable::new_empty(tokens, {num_sequences}, ScalarType::Long);
   if (num_sequences == 0) return {patches, count, num_distinct};
   const uint64_t seed = static_cast<uint64_t>(*seed_tensor.const_data_ptr<int64_t>());
-  const VoteResult result{count.mutable_data_ptr<int64_t>(),
-                          num_distinct.mutable_data_ptr<int64_t>()};
   const auto run = [&]<typename Id>(Id* chosen) {
-    const Draws<Id> draws = draws_of<Id>(tokens);
-    const double* b = exponent.const_data_ptr<double>();
-    const int64_t* row = rows.const_data_ptr<int64_t>();
-    torch::stable::parallel_for(0, num_sequences, grain(draws.num_draws),
-                                [&](int64_t begin, int64_t end) {
-                                  if (draws.patch_size == 4) {
-                                    vote<4>(draws, b, row, seed, chosen, result, begin, end);
-                                  } else {
-                                    vote<0>(draws, b, row, seed, chosen, result, begin, end);
-                                  }
-                                });
+    const VoteTask<Id> task{draws_of<Id>(tokens),
+                            exponent.const_data_ptr<double>(),
+                            rows_in ? rows.const_data_ptr<int64_t>() : nullptr,
+                            seed,
+                            chosen,
+                            count.mutable_data_ptr<int64_t>(),
+                            num_distinct.mutable_data_ptr<int64_t>()};
+    const auto votes = task.draws.patch_size == 4 ? vote<4, Id> : vote<0, Id>;
+    torch::stable::parallel_for(0, num_sequences, grain(task.draws.num_draws),
+                                [&](int64_t begin, int64_t end) { votes(task, begin, end); });
   };
   if (tokens.scalar_type() == ScalarType::Long) {
     run(patches.mutable_data_ptr<int64_t>());

@@ -41,13 +41,13 @@ void launch_vote(const VoteArguments<Id>& arguments, cudaStream_t stream) {
 
 std::tuple<Tensor, Tensor, Tensor> batch_temperature_sample(const Tensor& tokens_in,
                                                             const Tensor& exponent_in,
-                                                            const Tensor& rows_in,
+                                                            const std::optional<Tensor>& rows_in,
                                                             const Tensor& seed) {
   const int32_t device = tokens_in.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor tokens = with_neighbouring_ids(tokens_in);
   const Tensor exponent = torch::stable::contiguous(exponent_in);
-  const Tensor rows = torch::stable::contiguous(rows_in);
+  const Tensor rows = rows_in ? torch::stable::contiguous(*rows_in) : Tensor();
   const int64_t num_sequences = tokens.size(0);
   STD_TORCH_CHECK(tokens.size(1) <= kVoteMostDraws, "batch_temperature_sample: expected at most ",
                   kVoteMostDraws, " draws a sequence on CUDA; got ", tokens.size(1),
@@ -57,11 +57,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_temperature_sample(const Tensor& tokens
   Tensor num_distinct = torch::stable::new_empty(tokens, {num_sequences}, ScalarType::Long);
   if (num_sequences == 0) return {patches, count, num_distinct};
   const auto run = [&]<typename Id>(Id* chosen) {
-    launch_vote(VoteArguments<Id>{draws_of<Id>(tokens), exponent.const_data_ptr<double>(),
-                                  rows.const_data_ptr<int64_t>(), seed.const_data_ptr<int64_t>(),
-                                  chosen, count.mutable_data_ptr<int64_t>(),
-                                  num_distinct.mutable_data_ptr<int64_t>()},
-                current_stream(device));
+    launch_vote(
+        VoteArguments<Id>{draws_of<Id>(tokens), exponent.const_data_ptr<double>(),
+                          rows_in ? rows.const_data_ptr<int64_t>() : nullptr,
+                          seed.const_data_ptr<int64_t>(), chosen, count.mutable_data_ptr<int64_t>(),
+                          num_distinct.mutable_data_ptr<int64_t>()},
+        current_stream(device));
   };
   if (tokens.scalar_type() == ScalarType::Long) {
     run(patches.mutable_data_ptr<int64_t>());

@@ -125,7 +125,7 @@ template <typename Id>
 struct VoteArguments {
   Draws<Id> draws;
   const double* exponent;
-  const int64_t* rows;
+  const int64_t* rows;  // nullptr: 0, 1, 2, ...
   const int64_t* seed;
   Id* patches;
   int64_t* count;
@@ -196,9 +196,9 @@ __global__ void __launch_bounds__(kVoteThreads) vote_kernel(const VoteArguments<
   }
   double total = 0.0;
   double running = exclusive_sum(own, warp_sums, total);
-  const double u =
-      wide_uniform(static_cast<uint64_t>(*arguments.seed),
-                   static_cast<uint64_t>(arguments.rows[sequence]), 0, Stream::kBatchTemperature);
+  const int64_t row = arguments.rows == nullptr ? sequence : arguments.rows[sequence];
+  const double u = wide_uniform(static_cast<uint64_t>(*arguments.seed), static_cast<uint64_t>(row),
+                                0, Stream::kBatchTemperature);
   const double threshold = u * total;
   if (running > threshold || running + own <= threshold) return;
   // One thread is left, the one in whose interval the threshold lies.

@@ -36,7 +36,7 @@ Array<T> unwritten(std::vector<py::ssize_t> shape) {
   return array;
 }
 
-// (patches, count, number of distinct patches)
+// (patches, count, number of distinct patches); no rows: 0, 1, 2, ...
 template <typename Id>
 py::tuple vote(const py::array_t<Id>& tokens, const Array<double>& exponent,
                const Array<int64_t>& rows, int64_t seed, uint64_t order, int poison) {
@@ -46,7 +46,7 @@ py::tuple vote(const py::array_t<Id>& tokens, const Array<double>& exponent,
   Array<int64_t> num_distinct = unwritten<int64_t>({tokens.shape(0)});
   const calm::VoteArguments<Id> arguments{draws,
                                           exponent.data(),
-                                          rows.data(),
+                                          rows.size() == 0 ? nullptr : rows.data(),
                                           &seed,
                                           patches.mutable_data(),
                                           count.mutable_data(),

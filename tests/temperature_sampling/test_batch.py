@@ -349,8 +349,19 @@ def test_the_operator_passes_opcheck() -> None:
     ):
         tokens = torch.randint(0, 2, shape, dtype=dtype)
         exponent = torch.rand(shape[0], dtype=torch.float64) * 3 + 1
-        rows = torch.arange(shape[0]) * 3
-        torch.library.opcheck(OPERATOR.reference, (tokens, exponent, rows, seed))
+        for rows in (torch.arange(shape[0]) * 3, None):
+            torch.library.opcheck(OPERATOR.reference, (tokens, exponent, rows, seed))
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_rows_left_out_are_numbered_from_zero(name: str) -> None:
+    tokens = torch.arange(512).reshape(1, 512, 1).expand(6, 512, 1)
+    with backend(name):
+        chosen = batch_temperature_sample(tokens, 1.0, seed=3)
+        numbered = batch_temperature_sample(tokens, 1.0, seed=3, rows=torch.arange(6))
+        others = batch_temperature_sample(tokens, 1.0, seed=3, rows=torch.arange(1, 7))
+    assert torch.equal(chosen, numbered)
+    assert not torch.equal(chosen, others)
 
 
 def test_the_choice_depends_on_the_row_of_the_stream_and_not_on_the_place_in_the_batch() -> None:

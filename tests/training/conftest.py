@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from calm_kernels.training.data import TokenData, prepare_data
 from calm_kernels.training.presets import Preset, preset
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tests
 
 WORDS = """
 the people of this nation have peace and union with congress under law for every citizen who will
@@ -35,6 +38,11 @@ def write_corpus(folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus_writer() -> Callable[[Path], Path]:
+    return write_corpus
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_training_lowers_the_loss_of_every_model(
     tiny: Tiny, data: TokenData, tmp_path: Path, trained_autoencoder: Path
 ) -> None:
     for kind in ("autoencoder", "energy", "baseline"):
-        preset = tiny(steps=20, log_every=5)
+        preset = tiny(steps=20, log_every=5, save_every=10)
         folder = run(kind, tmp_path / "r", preset, data, autoencoder=trained_autoencoder).folder
         losses = [e["loss"] for e in read_history(folder / "history.jsonl") if "loss" in e]
         assert len(losses) == 4

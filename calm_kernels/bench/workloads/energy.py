@@ -178,7 +178,7 @@ register(
         cost=cost_closed_form,
         growth=Growth(
             base={
-                "small": Setting({"P": 16, "N": 4, "M": 8, "D": 8}),
+                "small": Setting({"P": 16, "N": 4, "M": 64, "D": 8}),
                 "cpu": Setting({"P": 128, "N": 8, "M": 100, "D": 128}),
                 "cuda": Setting({"P": 2048, "N": 8, "M": 100, "D": 128}, torch.bfloat16),
             },
