@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calm_kernels.training.processes import is_main_process
 from calm_kernels.training.progress import Reporter, SilentReporter
@@ -120,7 +120,12 @@ class BarReporter:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    ruled: bool = True,
 ) -> None:
     """Print a table to standard output.
 
@@ -129,14 +134,17 @@ def print_table(
         columns: headings.
         rows: cells, as many a row as there are columns.
         left: so many leading columns are aligned left, the others right.
+        ruled: draw lines between columns; without them a table is narrower.
     """
     try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         _print_plain_table(title, columns, rows)
         return
-    table = Table(title=title, title_justify="left")
+    style: dict[str, Any] = {} if ruled else {"box": box.SIMPLE_HEAD, "pad_edge": False}
+    table = Table(title=title, title_justify="left", padding=(0, int(ruled)), **style)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
@@ -147,16 +155,18 @@ def print_table(
 
 def _print_plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(title)
-    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
-    for line in (columns, *rows):
+    lines = [[column.replace("\n", " ") for column in columns], *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
         print(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         )
 
 
 def count(number: int) -> str:
-    """A number of parameters, short: 4.8 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """A number of parameters or operations, short: 4.8 M."""
+    units = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+    for unit, size in units:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return str(number)

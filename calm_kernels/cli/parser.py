@@ -168,17 +168,26 @@ def _evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         "evaluate:run",
-        "score trained models on held-out text, in one table",
+        "score trained models on held-out text, beside what they cost, in one table",
         "Token accuracy of autoencoders; BrierLM (0 to 100, higher is better) with its standard\n"
-        "error of language models, beside the unigram model's, on the same held-out text.",
-        "calm-kernels evaluate runs/demo runs/small",
+        "error of language models, all on the same positions of the same held-out text; FLOPs of\n"
+        "their training and of a generated token, the candidates' decode included.",
+        "calm-kernels evaluate runs/k2 runs/k4 runs/baseline --plot brier.png",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or model folder")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (the run's data/)")
     parser.add_argument("--blocks", type=int, help="held-out blocks to score (256)")
     parser.add_argument("--samples", type=int, help="draws a position, at least 2 (8)")
+    parser.add_argument(
+        "--candidates", type=int, default=200, metavar="N",
+        help="draws a patch below temperature 1, for the count (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, help="of the draws (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw BrierLM against FLOPs: .png, .svg or .pdf"
+    )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
 
 

@@ -169,19 +169,21 @@ class AutoregressiveBaseline(CalmPreTrainedModel):
         labels: Tensor | None = None,
         num_samples: int = 8,
         seed: int | Tensor | None = None,
+        stride: int | None = None,
     ) -> BrierScores:
         """Unbiased Brier-1..4 at the positions where patch models are scored.
 
-        An n-gram starts at each multiple of ``config.patch_size`` but 0. Its likelihood is exact.
+        An n-gram starts at each multiple of ``stride`` but 0. Its likelihood is exact.
         sum_x P(x)^2 is the mean over continuations x_1..x_{n-1} of their probability times the sum
         of squares of the last token's distribution, in closed form: exact for n = 1, sampled
         beyond.
 
         Args:
-            input_ids, labels: as of :meth:`EnergyTransformer.forward`, with L a multiple of the
-                patch size.
+            input_ids, labels: as of :meth:`EnergyTransformer.forward`, with L a multiple of
+                the stride.
             num_samples: continuations drawn per position, at least 1.
             seed: int, int64 tensor of one element, or None to draw one from torch's generator.
+            stride: at least 1; ``config.patch_size`` if None.
 
         Raises:
             TypeError, ValueError: wrong dtype or shape, empty batch, too few tokens, an id outside
@@ -190,14 +192,16 @@ class AutoregressiveBaseline(CalmPreTrainedModel):
         Source: arXiv 2510.27688, section 4; the closed form is this package's.
         """
         config = self.config
-        patches = to_patches(input_ids, labels, config.patch_size, config.vocab_size)
-        starts = num_starts(patches.shape[1], config.patch_size)
+        stride = config.patch_size if stride is None else stride
+        _checks.at_least("stride", stride, 1)
+        patches = to_patches(input_ids, labels, stride, config.vocab_size)
+        starts = num_starts(patches.shape[1], stride)
         _checks.at_least("num_samples", num_samples, 1)
         base_seed = as_int_seed(seed)
 
         cache = DynamicCache(config=config)
         hidden = self.hidden_states(input_ids[:, :-1], cache=cache)
-        visible = torch.arange(1, starts + 1, device=input_ids.device) * config.patch_size
+        visible = torch.arange(1, starts + 1, device=input_ids.device) * stride
         rollout = Rollout(self.hidden_states, cache, visible, config)
 
         likelihood = self._likelihoods(hidden, input_ids, visible)
@@ -208,7 +212,7 @@ class AutoregressiveBaseline(CalmPreTrainedModel):
             rollout.rewind()
         scores = 2.0 * likelihood - collision / num_samples
         real = real_tokens(input_ids, labels, config.pad_token_id)
-        return select(scores, whole_patches(real, config.patch_size), config.patch_size)
+        return select(scores, whole_patches(real, stride), stride)
 
     @torch.no_grad()
     def generate(

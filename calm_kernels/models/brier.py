@@ -48,36 +48,58 @@ def patches_of_ngram(patch_size: int) -> int:
     return -(-NGRAMS // patch_size)
 
 
-def num_starts(num_patches: int, patch_size: int) -> int:
-    """Positions whose n-grams lie within a sequence: any patch but the first may start one.
+def num_starts(num_patches: int, patch_size: int, every: int = 1) -> int:
+    """Positions whose n-grams lie within a sequence.
+
+    Any patch but the first may start one, or one in ``every``: patches ``every``, ``2 * every``...
 
     Raises:
         ValueError: there is none.
     """
     chain = patches_of_ngram(patch_size)
-    if num_patches <= chain:
+    if num_patches < every + chain:
         raise ValueError(
-            f"input_ids: expected at least {chain + 1} patches of {patch_size} tokens, so that "
-            f"{NGRAMS} tokens follow a first one; got {num_patches}"
+            f"input_ids: expected at least {every + chain} patches of {patch_size} tokens, so that "
+            f"{NGRAMS} tokens follow the first {every * patch_size}; got {num_patches}"
         )
-    return num_patches - chain
+    return (num_patches - chain) // every
 
 
-def select(scores: Tensor, counted: Tensor | None, patch_size: int) -> BrierScores:
+def patches_of_stride(stride: int | None, patch_size: int) -> int:
+    """Patches from one start of an n-gram to the next, where starts lie ``stride`` tokens apart.
+
+    Raises:
+        ValueError: not a multiple of the patch size.
+    """
+    if stride is None:
+        return 1
+    if stride < 1 or stride % patch_size:
+        raise ValueError(
+            f"stride: expected a multiple of the patch size {patch_size}; got {stride}"
+        )
+    return stride // patch_size
+
+
+def select(scores: Tensor, counted: Tensor | None, patch_size: int, every: int = 1) -> BrierScores:
     """Keep the positions whose patches all count.
 
     Args:
-        scores: [B, m, 4] of the n-grams that start at patches 1..m.
+        scores: [B, m, 4] of the n-grams that start at patches every, 2 * every, ..., m * every.
         counted: which patches count, bool [B, n], or None for all.
     """
     batch_size, starts = scores.shape[:2]
+    patches = _patches_started(starts, every, scores.device)
     keep = torch.ones((batch_size, starts), dtype=torch.bool, device=scores.device)
     if counted is not None:
-        for offset in range(1, patches_of_ngram(patch_size) + 1):
-            keep &= counted[:, offset : offset + starts]
+        for offset in range(patches_of_ngram(patch_size)):
+            keep &= counted[:, patches + offset]
     rows, indices = keep.nonzero(as_tuple=True)
-    positions = torch.stack((rows, (indices + 1) * patch_size), dim=1)
+    positions = torch.stack((rows, patches[indices] * patch_size), dim=1)
     return BrierScores(scores[keep], positions)
+
+
+def _patches_started(starts: int, every: int, device: torch.device) -> Tensor:
+    return torch.arange(1, starts + 1, device=device) * every
 
 
 def score_patches(
@@ -86,6 +108,7 @@ def score_patches(
     counted: Tensor | None,
     num_samples: int,
     seed: int | Tensor | None,
+    stride: int | None = None,
 ) -> BrierScores:
     """Score a sampler of patches; see :meth:`EnergyTransformer.evaluate_brier`.
 
@@ -94,9 +117,12 @@ def score_patches(
         counted: which patches count, bool [B, n], or None for all.
         num_samples: draws S for each position and patch.
         seed: of all draws.
+        stride: tokens from one n-gram's start to the next; K if None.
     """
     patch_size = patches.shape[2]
-    starts = num_starts(patches.shape[1], patch_size)
+    every = patches_of_stride(stride, patch_size)
+    starts = num_starts(patches.shape[1], patch_size, every)
+    started = _patches_started(starts, every, patches.device)
     base_seed, step = as_int_seed(seed), 0
 
     def draw(hidden: Tensor) -> Tensor:
@@ -110,20 +136,28 @@ def score_patches(
 
     truth = patches[:, 1:]
     if patch_size >= NGRAMS:
-        draws = draw(model.hidden_states(patches[:, :-1])).to(truth.dtype)
+        hidden, truth = model.hidden_states(patches[:, :-1]), truth[:, started - 1]
+        draws = draw(hidden[:, started - 1]).to(truth.dtype)
         scores = brier_scores(draws.flatten(1, 2), truth.flatten(0, 1), max_ngram=NGRAMS)
-        return select(scores.unflatten(0, truth.shape[:2]), counted, patch_size)
+        return select(scores.unflatten(0, truth.shape[:2]), counted, patch_size, every)
 
     cache = DynamicCache(config=model.config)
     hidden = model.hidden_states(patches[:, :-1], cache=cache)
-    visible = torch.arange(1, starts + 1, device=patches.device)
-    rollout = Rollout(model.hidden_states, cache, visible, model.config)
-    scores = chain_scores(draw(hidden), truth, starts, lambda path: draw(rollout.extend(path)))
-    return select(scores, counted, patch_size)
+    rollout = Rollout(model.hidden_states, cache, started, model.config)
+
+    def follow(path: Tensor) -> Tensor:
+        return draw(rollout.extend(path))
+
+    scores = chain_scores(draw(hidden), truth, starts, follow, every)
+    return select(scores, counted, patch_size, every)
 
 
 def chain_scores(
-    draws: Tensor, truth: Tensor, starts: int, follow: Callable[[Tensor], Tensor]
+    draws: Tensor,
+    truth: Tensor,
+    starts: int,
+    follow: Callable[[Tensor], Tensor],
+    every: int = 1,
 ) -> Tensor:
     """Brier-1..4 where an n-gram covers several patches, each step drawn S >= 2 times.
 
@@ -139,7 +173,8 @@ def chain_scores(
     Args:
         draws: of every position of the text, [S, B, n-1, K]; position p predicts ``truth[:, p]``.
         truth: [B, n-1, K].
-        starts: m; n-grams start at the first m positions.
+        starts: m, the number of n-grams.
+        every: they start at positions every - 1, 2 * every - 1, ..., m * every - 1.
         follow: given the path's next patch [B, m, K], draws of the one after it, [S, B, m, K].
 
     Returns:
@@ -147,14 +182,15 @@ def chain_scores(
     """
     patch_size = truth.shape[2]
     hit_rates, pair_rates = _rates(draws, truth)
-    pair_rates = pair_rates[:, :starts]
+    first = _patches_started(starts, every, draws.device) - 1
+    pair_rates = pair_rates[:, first]
     likelihood = together = torch.ones_like(pair_rates[..., 0])
-    current = draws[:, :, :starts]
+    current = draws[:, :, first]
     scores = []
     chain = math.ceil(NGRAMS / patch_size)
     for j in range(chain):
         width = min(patch_size, NGRAMS - j * patch_size)
-        hits = hit_rates[:, j : j + starts]
+        hits = hit_rates[:, first + j]
         hit = likelihood.unsqueeze(-1) * hits[..., :width]
         collision = together.unsqueeze(-1) * pair_rates[..., :width]
         scores.append(2.0 * hit - collision)

@@ -228,6 +228,7 @@ class EnergyTransformer(CalmPreTrainedModel):
         labels: Tensor | None = None,
         num_samples: int = 8,
         seed: int | Tensor | None = None,
+        stride: int | None = None,
     ) -> BrierScores:
         """Unbiased Brier-1..4 of the tokens after every patch.
 
@@ -241,17 +242,20 @@ class EnergyTransformer(CalmPreTrainedModel):
                 n-grams do.
             num_samples: S >= 2 head samples for each position and patch.
             seed: int, int64 tensor of one element, or None to draw one from torch's generator.
+            stride: n-grams start at its multiples, itself a multiple of K; K if None. Models of
+                several K are scored on the same positions with a common multiple.
 
         Raises:
-            TypeError, ValueError: as :meth:`forward`; fewer than two samples; with K < 4, an
-                attention implementation other than ``"sdpa"`` and ``"eager"``.
+            TypeError, ValueError: as :meth:`forward`; fewer than two samples; a stride that is no
+                multiple of K; with K < 4, an attention implementation other than ``"sdpa"`` and
+                ``"eager"``.
 
         Source: arXiv 2510.27688, section 4; the U-statistics and K < 4 are this package's.
         """
         patches = self._checked_patches(input_ids, labels)
         counted = self._whole_patches(input_ids, labels)
         _checks.at_least("num_samples", num_samples, 2, " draws (a pair is needed)")
-        return brier.score_patches(self, patches, counted, num_samples, seed)
+        return brier.score_patches(self, patches, counted, num_samples, seed, stride)
 
     def generate(
         self,

@@ -94,6 +94,7 @@ def evaluate_brier(
     *,
     num_samples: int,
     seed: int,
+    stride: int | None = None,
     reporter: Reporter | None = None,
 ) -> BrierResult:
     """BrierLM of ``count`` blocks spread over the held-out text.
@@ -104,6 +105,7 @@ def evaluate_brier(
         count: number of blocks, all if there are fewer.
         num_samples: draws a position.
         seed: of the draws; the result does not depend on the number of processes.
+        stride: tokens from one scored position to the next; the model's patch size if None.
         reporter: told about the progress.
     """
     reporter = reporter or SilentReporter()
@@ -114,7 +116,7 @@ def evaluate_brier(
     for start, chosen, counts in _batches(indices, size):
         ids = _stack(blocks, chosen, model.device)
         with torch.no_grad():
-            scores = _block_sums(model, ids, num_samples, seed + start)
+            scores = _block_sums(model, ids, num_samples, seed + start, stride)
         if counts:
             sums[start : start + len(chosen)] = scores
         reporter.step(start + len(chosen))
@@ -123,9 +125,9 @@ def evaluate_brier(
     return summarize(sums[:, :NGRAMS], sums[:, NGRAMS].astype(np.int64), num_samples)
 
 
-def _block_sums(model: Any, ids: Tensor, num_samples: int, seed: int) -> Floats:
+def _block_sums(model: Any, ids: Tensor, num_samples: int, seed: int, stride: int | None) -> Floats:
     """Sums of Brier-1..4 over each block's positions, and how many counted, [B, 5]."""
-    result = model.evaluate_brier(ids, num_samples=num_samples, seed=seed)
+    result = model.evaluate_brier(ids, num_samples=num_samples, seed=seed, stride=stride)
     sums = torch.zeros(len(ids), NGRAMS + 1, dtype=torch.float64)
     rows = result.positions[:, 0].cpu()
     sums[:, :NGRAMS].index_add_(0, rows, result.scores.double().cpu())
@@ -135,8 +137,11 @@ def _block_sums(model: Any, ids: Tensor, num_samples: int, seed: int) -> Floats:
 
 
 def evaluate_unigram(
-    frequencies: Floats, blocks: PackedBlocks, count: int, patch_size: int
+    frequencies: Floats, blocks: PackedBlocks, count: int, stride: int
 ) -> BrierResult:
-    """The unigram model's exact scores on the blocks and positions that models are scored on."""
+    """The unigram model's exact scores on the blocks and positions that models are scored on.
+
+    ``stride``: tokens from one position to the next, the patch size for a model's own positions.
+    """
     ids = np.stack([blocks.block(index).numpy() for index in blocks.spread(count)])
-    return unigram_brier(frequencies, scored_tokens(ids, patch_size))
+    return unigram_brier(frequencies, scored_tokens(ids, stride))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from calm_kernels import models
+from calm_kernels.models.configuration import as_plain_dict
 from calm_kernels.training.blocks import PackedBlocks
 from calm_kernels.training.data import TokenData
 from calm_kernels.training.errors import UserError
@@ -32,6 +33,63 @@ from calm_kernels.training.stages import (
 
 RUNNING_SAMPLES = 8
 """Draws a position for BrierLM while training."""
+
+
+def autoencoder_config(preset: Preset, data: TokenData) -> models.AutoencoderConfig:
+    """The sizes of a preset's autoencoder for the tokens of some data."""
+    sizes = preset.autoencoder
+    return models.AutoencoderConfig(
+        **_vocabulary(data),
+        patch_size=preset.patch_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        latent_size=sizes.latent_size,
+        num_encoder_layers=sizes.num_layers,
+        num_decoder_layers=sizes.num_layers,
+        init_scheme=preset.init_scheme,
+    )
+
+
+def energy_config(
+    preset: Preset, data: TokenData, autoencoder: models.AutoencoderConfig
+) -> models.CalmConfig:
+    """The sizes of a preset's language model on an autoencoder, whose K and D it takes."""
+    sizes, patch_size = preset.energy, autoencoder.patch_size
+    return models.CalmConfig(
+        **_vocabulary(data),
+        patch_size=patch_size,
+        latent_size=autoencoder.latent_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        max_position_embeddings=max(2048, sizes.optimization.block_length // patch_size),
+        num_mlp_layers=sizes.head_blocks,
+        noise_size=sizes.noise_size,
+        num_samples=sizes.num_samples,
+        num_targets=sizes.num_targets,
+        alpha=sizes.alpha,
+        estimator=sizes.estimator,
+        head_type=sizes.head_type,
+        sampling_steps=sizes.sampling_steps,
+        autoencoder_config=as_plain_dict(autoencoder),
+        init_scheme=preset.init_scheme,
+    )
+
+
+def baseline_config(preset: Preset, data: TokenData) -> models.BaselineConfig:
+    """The sizes of a preset's autoregressive baseline."""
+    sizes = preset.baseline
+    return models.BaselineConfig(
+        **_vocabulary(data),
+        patch_size=preset.patch_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        max_position_embeddings=max(2048, sizes.optimization.block_length),
+        init_scheme=preset.init_scheme,
+    )
 
 
 def _vocabulary(data: TokenData) -> dict[str, Any]:
@@ -62,18 +120,7 @@ def autoencoder_stage(run: Path, preset: Preset, data: TokenData, seed: int,
     chosen = preset.evaluation
 
     def build() -> Any:
-        return models.Autoencoder(
-            models.AutoencoderConfig(
-                **_vocabulary(data),
-                patch_size=preset.patch_size,
-                hidden_size=sizes.hidden_size,
-                intermediate_size=sizes.intermediate_size,
-                latent_size=sizes.latent_size,
-                num_encoder_layers=sizes.num_layers,
-                num_decoder_layers=sizes.num_layers,
-                init_scheme=preset.init_scheme,
-            )
-        )
+        return models.Autoencoder(autoencoder_config(preset, data))
 
     def running(model: Any) -> Mapping[str, float]:
         result = evaluate_autoencoder(model, held, chosen.running_autoencoder_blocks)
@@ -163,32 +210,11 @@ def energy_stage(run: Path, preset: Preset, data: TokenData, seed: int, reporter
             f"the autoencoder in {autoencoder_folder} has {autoencoder.config.vocab_size} token "
             f"ids, the data {data.tokenizer.vocab_size}: use the data it was trained on"
         )
-    patch_size = autoencoder.config.patch_size
-    preset = replace(preset, patch_size=patch_size)
+    preset = replace(preset, patch_size=autoencoder.config.patch_size)
 
     def build() -> Any:
-        model = models.EnergyTransformer(
-            models.CalmConfig(
-                **_vocabulary(data),
-                patch_size=patch_size,
-                latent_size=autoencoder.config.latent_size,
-                hidden_size=sizes.hidden_size,
-                intermediate_size=sizes.intermediate_size,
-                num_hidden_layers=sizes.num_layers,
-                num_attention_heads=sizes.num_heads,
-                max_position_embeddings=max(2048, sizes.optimization.block_length // patch_size),
-                num_mlp_layers=sizes.head_blocks,
-                noise_size=sizes.noise_size,
-                num_samples=sizes.num_samples,
-                num_targets=sizes.num_targets,
-                alpha=sizes.alpha,
-                estimator=sizes.estimator,
-                head_type=sizes.head_type,
-                sampling_steps=sizes.sampling_steps,
-                init_scheme=preset.init_scheme,
-            ),
-            autoencoder=autoencoder,
-        )
+        config = energy_config(preset, data, autoencoder.config)
+        model = models.EnergyTransformer(config, autoencoder=autoencoder)
         if sizes.embedding_std is not None:
             nn.init.normal_(model.transformer.embed_tokens.weight, std=sizes.embedding_std)
         return model
@@ -203,18 +229,7 @@ def baseline_stage(run: Path, preset: Preset, data: TokenData, seed: int,
     sizes = preset.baseline
 
     def build() -> Any:
-        return models.AutoregressiveBaseline(
-            models.BaselineConfig(
-                **_vocabulary(data),
-                patch_size=preset.patch_size,
-                hidden_size=sizes.hidden_size,
-                intermediate_size=sizes.intermediate_size,
-                num_hidden_layers=sizes.num_layers,
-                num_attention_heads=sizes.num_heads,
-                max_position_embeddings=max(2048, sizes.optimization.block_length),
-                init_scheme=preset.init_scheme,
-            )
-        )
+        return models.AutoregressiveBaseline(baseline_config(preset, data))
 
     return _brier_stage("baseline", run, preset, data, seed, reporter, sizes, {}, build)
 

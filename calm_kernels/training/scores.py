@@ -105,13 +105,13 @@ def unigram_brier(frequencies: Floats, tokens: npt.NDArray[np.integer[Any]]) -> 
 
 
 def scored_tokens(
-    blocks: npt.NDArray[np.integer[Any]], patch_size: int
+    blocks: npt.NDArray[np.integer[Any]], stride: int
 ) -> npt.NDArray[np.integer[Any]]:
     """The four tokens scored at each position of blocks, [B, L] -> [B, positions, 4].
 
-    A position is the start of any patch but the first, as long as the ceil(4/K) patches that four
-    tokens reach into lie within the block.
+    Positions are the multiples of the stride but 0, as long as the stretches of that length that
+    four tokens reach into lie within the block. With the stride K they are the starts of patches.
     """
-    reached = -(-NGRAMS // patch_size)
-    starts = np.arange(1, blocks.shape[1] // patch_size - reached + 1) * patch_size
+    reached = -(-NGRAMS // stride)
+    starts = np.arange(1, blocks.shape[1] // stride - reached + 1) * stride
     return blocks[:, starts[:, None] + np.arange(NGRAMS)]

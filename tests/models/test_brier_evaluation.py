@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,21 +66,27 @@ class TableModel:
 
 
 def standard_scores(
-    patch_size: int, num_samples: int, replicates: int, *, forget_path: bool = False
+    patch_size: int,
+    num_samples: int,
+    replicates: int,
+    *,
+    forget_path: bool = False,
+    every: int = 1,
 ) -> Tensor:
     """(mean - exact) / standard error of many independent estimates, [starts, 4]."""
     model = TableModel(patch_size)
     chain = -(-NGRAMS // patch_size)
     starts = 2
-    text = model.draw(torch.zeros(patch_size, dtype=torch.int64), chain + starts)
+    text = model.draw(torch.zeros(patch_size, dtype=torch.int64), chain + starts * every)
     before = text.expand(replicates, -1, -1)[:, :-1]
     truth = text.expand(replicates, -1, -1)[:, 1:]
 
     def follow(path: Tensor) -> Tensor:
         return model.draw(torch.zeros_like(path) if forget_path else path, num_samples)
 
-    scores = chain_scores(model.draw(before, num_samples), truth, starts, follow).double()
-    exact = torch.stack([model.brier(text[p], text[p + 1 :].flatten()) for p in range(starts)])
+    scores = chain_scores(model.draw(before, num_samples), truth, starts, follow, every).double()
+    positions = range(every - 1, starts * every, every)
+    exact = torch.stack([model.brier(text[p], text[p + 1 :].flatten()) for p in positions])
     error = scores.std(dim=0) / replicates**0.5
     return (scores.mean(dim=0) - exact) / error
 
@@ -89,6 +96,12 @@ def standard_scores(
 def test_chained_scores_are_unbiased(patch_size: int, num_samples: int) -> None:
     # 8 scores a case, 48 in all: false alarm below 3e-5 at five standard errors.
     assert standard_scores(patch_size, num_samples, 20_000).abs().max() < 5
+
+
+@pytest.mark.parametrize(("patch_size", "every"), [(1, 4), (2, 3), (3, 2)])
+def test_chained_scores_at_every_few_patches_are_unbiased(patch_size: int, every: int) -> None:
+    # 8 scores a case, 24 in all: false alarm below 2e-5 at five standard errors.
+    assert standard_scores(patch_size, 3, 20_000, every=every).abs().max() < 5
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
@@ -172,6 +185,49 @@ def test_positions_are_those_whose_patches_all_count(
     assert result.positions.tolist() == expected
     assert result.scores.shape == (len(expected), 4)
     assert result.scores.isfinite().all()
+
+
+@pytest.mark.parametrize("stride", [4, 8, 12])
+def test_models_of_any_patch_size_are_scored_where_the_stride_says(
+    make_energy_transformer: MakeEnergyTransformer,
+    make_baseline: Callable[..., AutoregressiveBaseline],
+    stride: int,
+) -> None:
+    ids = torch.randint(0, 23, (2, 24))
+    expected = [[row, start] for row in (0, 1) for start in range(stride, 24, stride)]
+    models: list[Any] = [make_energy_transformer(patch_size) for patch_size in (1, 2, 4)]
+    for model in (*models, make_baseline(patch_size=3)):
+        result = model.evaluate_brier(ids, num_samples=2, seed=1, stride=stride)
+        assert result.positions.tolist() == expected
+        assert result.scores.shape == (len(expected), 4)
+
+
+def test_a_stride_chooses_among_the_positions_scored_without_one(
+    make_energy_transformer: MakeEnergyTransformer,
+    make_baseline: Callable[..., AutoregressiveBaseline],
+) -> None:
+    """Exact ones must agree: Brier-1 of the baseline, anything of a model that never varies."""
+    ids = torch.randint(0, 23, (3, 24))
+    model = make_energy_transformer(2)
+    with torch.no_grad():
+        model.mlp_generator.final_layer.linears[2].weight.zero_()
+        token = model.ae_model.decode(model.mlp_generator.final_layer.linears[2].bias)
+    ids[:, 8:12] = token.repeat(2)
+    scorers: list[tuple[Any, int]] = [(model, 4), (make_baseline(patch_size=1), 1)]
+    for scorer, exact in scorers:
+        every = scorer.evaluate_brier(ids, num_samples=2, seed=1)
+        chosen = scorer.evaluate_brier(ids, num_samples=2, seed=1, stride=4)
+        rows = [every.positions.tolist().index(p) for p in chosen.positions.tolist()]
+        torch.testing.assert_close(chosen.scores[:, :exact], every.scores[rows, :exact])
+        assert len(chosen.scores.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("stride", [0, 3, 6])
+def test_a_stride_that_splits_patches_is_refused(
+    make_energy_transformer: MakeEnergyTransformer, stride: int
+) -> None:
+    with pytest.raises(ValueError, match=r"stride: expected a multiple of the patch size 4"):
+        make_energy_transformer(4).evaluate_brier(torch.zeros(1, 24).long(), stride=stride)
 
 
 @pytest.mark.parametrize("patch_size", [2, 4])
