@@ -333,6 +333,20 @@ CALLS = (
         ),
     ),
     OperatorCall(
+        "rms_norm",
+        ("rms_norm", "rms_norm_backward"),
+        lambda draws: {"x": draws.normal(131, 264), "weight": draws.normal(264), "eps": 1e-5},
+        calm_kernels.rms_norm,
+        gradients=("x", "weight"),
+    ),
+    OperatorCall(
+        "rms_norm-odd_sizes",
+        ("rms_norm", "rms_norm_backward"),
+        lambda draws: {"x": draws.normal(67, 33), "weight": draws.normal(33), "eps": 1e-6},
+        calm_kernels.rms_norm,
+        gradients=("x", "weight"),
+    ),
+    OperatorCall(
         "gated_ffn-odd_sizes",
         ("gated_ffn", "gated_ffn_backward"),
         lambda draws: _ffn(draws, 131, 33, 51),

@@ -60,6 +60,7 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers in plain PyTorch: the counter does not look into the package's operators."""
     monkeypatch.setattr("calm_kernels.nn.energy_head.energy_head_block", plain_block)
     monkeypatch.setattr("calm_kernels.nn.gated_ffn.gated_ffn", plain_ffn)
+    monkeypatch.setattr("calm_kernels.models.decoder_layer.gated_ffn", plain_ffn)
     for name in ("nn.linear_cross_entropy", "models.baseline"):
         monkeypatch.setattr(f"calm_kernels.{name}.linear_cross_entropy", plain_cross_entropy)
     monkeypatch.setattr(
