@@ -1,11 +1,11 @@
 // A block of the energy head on CPUs: e + down(silu(gate) * up), where (gate, up) is an MLP of
 // LayerNorm(e) and of a condition that all samples of a position share.
 //
-// The matmuls are torch's, the steps between them energy_head_rows.cpp. The half of the first
-// matmul that reads the condition runs once per position. Rows [P * N, H] go through in blocks of
-// whole positions whose passing activations stay in cache and in the same pages of memory; weight
-// gradients are accumulated over the blocks by the matmuls themselves, in float32 or float64; where
-// that sum would be rounded to 16 bits after every block, one block holds all rows.
+// The matmuls are those of matmul_into.h, the steps between them energy_head_rows.cpp. The half of
+// the first matmul that reads the condition runs once per position. Rows [P * N, H] go through in
+// blocks of whole positions whose passing activations stay in cache and in the same pages of
+// memory; weight gradients are accumulated over the blocks by the matmuls themselves, in float32 or
+// float64; where that sum would be rounded to 16 bits after every block, one block holds all rows.
 //
 // Work: 30 H^2 operations a row and 6 H^2 a position, forward and backward (36 H^2 a row without
 // sharing). Fewest bytes: e, grad_out and weights read, out and gradients written, and what the
@@ -57,6 +57,19 @@ void for_row_tasks(int64_t num_rows, const Function& function) {
     }
   });
 }
+
+// A right operand with memory of its own.
+class Operand {
+ public:
+  Operand(const Tensor& matrix, int64_t left_rows) : right_(matrix, left_rows, packed_) {}
+  Operand(const Operand&) = delete;
+  Operand& operator=(const Operand&) = delete;
+  operator const RightOperand&() const { return right_; }
+
+ private:
+  PackedRight packed_;
+  RightOperand right_;
+};
 
 struct Weights {
   Tensor norm;
@@ -112,23 +125,15 @@ void forward(const Tensor& e, const Tensor& condition, int64_t num_samples, cons
   T* const mean = row_of<T>(statistics, 0);
   T* const rstd = row_of<T>(statistics, 1);
   Tensor shared = torch::stable::new_empty(e, {condition.size(0), size});
-  matmul_onto(shared, weights.in_bias, condition, transposed(weights.of_condition()));
+  const int64_t num_positions = condition.size(0);
+  ReusedMemory<float> left;
+  multiply_onto_row(shared, weights.in_bias, condition,
+                    Operand(transposed(weights.of_condition()), num_positions), left);
+  const Operand of_sample(transposed(weights.of_sample()), num_rows);
+  const Operand mid(transposed(weights.mid), num_rows);
+  const Operand out_weight(transposed(weights.out), num_rows);
+  const Operand down(transposed(weights.down), num_rows);
   const S* shared_rows = shared.const_data_ptr<S>();
-  // Torch copies a bias into the result before it multiplies onto it, a pass over memory. In 16
-  // bits that saves a rounding; else the bias is added in the pass over the product that comes
-  // anyway.
-  constexpr bool kBiasFirst = !std::is_same_v<S, T>;
-  const auto onto_bias = [&](Tensor& result, const Tensor& bias, const Tensor& x,
-                             const Tensor& weight) {
-    if (kBiasFirst) {
-      matmul_onto(result, bias, x, transposed(weight));
-    } else {
-      matmul(result, x, transposed(weight));
-    }
-  };
-  const auto later_bias = [&](const Tensor& bias) {
-    return kBiasFirst ? nullptr : bias.const_data_ptr<S>();
-  };
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
     const Tensor read = rows(operand, 0, count);
@@ -138,28 +143,26 @@ void forward(const Tensor& e, const Tensor& condition, int64_t num_samples, cons
                                    mean + first, rstd + first, n, size, eps});
     });
     Tensor first_in = keeps ? rows(kept.first, start, count) : rows(narrow_passing, 0, count);
-    matmul(first_in, read, transposed(weights.of_sample()));
+    multiply(first_in, read, of_sample, left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       run_rows<S>(SiluRows<S>{row_of<S>(first_in, first), shared_rows, row_of<S>(operand, first),
                               start + first, n, num_samples, size});
     });
     Tensor second_in = keeps ? rows(kept.second, start, count) : rows(narrow_passing, 0, count);
-    onto_bias(second_in, weights.mid_bias, read, weights.mid);
+    multiply_onto_row(second_in, weights.mid_bias, read, mid, left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      // One position of n samples: all rows share the bias.
-      run_rows<S>(SiluRows<S>{row_of<S>(second_in, first), later_bias(weights.mid_bias),
-                              row_of<S>(operand, first), 0, n, n, size});
+      run_rows<S>(SiluRows<S>{row_of<S>(second_in, first), nullptr, row_of<S>(operand, first), 0, n,
+                              num_samples, size});
     });
     Tensor gate_up = keeps ? rows(kept.gate_up, start, count) : rows(passing, 0, count);
-    onto_bias(gate_up, weights.out_bias, read, weights.out);
+    multiply_onto_row(gate_up, weights.out_bias, read, out_weight, left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      run_rows<S>(GatedRows<S>{row_of<S>(gate_up, first), later_bias(weights.out_bias),
-                               row_of<S>(operand, first), row_of<S>(e, start + first),
-                               weights.down_bias.const_data_ptr<S>(), row_of<S>(out, start + first),
-                               n, size});
+      run_rows<S>(GatedRows<S>{row_of<S>(std::as_const(gate_up), first), row_of<S>(operand, first),
+                               row_of<S>(e, start + first), weights.down_bias.const_data_ptr<S>(),
+                               row_of<S>(out, start + first), n, size});
     });
     const Tensor some_out = rows(out, start, count);
-    matmul_onto(some_out, some_out, read, transposed(weights.down));
+    multiply_onto(some_out, some_out, read, down, left);
   }
 }
 
@@ -201,13 +204,25 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
   Tensor grad_shared = torch::stable::new_empty(e, {condition.size(0), size});
   const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
   Tensor partial = torch::stable::new_zeros(e, {num_tasks, kSums * size}, compute_type(e));
+  ReusedMemory<float> left;
+  PackedRight activations;
+  const Operand down(weights.down, num_rows);
+  const Operand out_weight(weights.out, num_rows);
+  const Operand mid(weights.mid, num_rows);
+  const Operand of_sample(weights.of_sample(), num_rows);
   const auto sums = [&](int64_t first, Sum which) {
     return row_of<T>(partial, first / kTaskRows) + which * size;
   };
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
     const auto accumulate = [&](Tensor sum, const Tensor& a, const Tensor& b) {
-      if (weight_grads) matmul_onto(sum, sum, transposed(a), b, start == 0 ? 0.0 : 1.0);
+      if (!weight_grads) return;
+      const RightOperand right(b, size, activations);
+      if (start == 0) {
+        multiply(sum, transposed(a), right, left);
+      } else {
+        multiply_onto(sum, sum, transposed(a), right, left);
+      }
     };
     const Tensor some_normed = rows(normed, 0, count);
     const Tensor some_product = rows(product, 0, count);
@@ -216,7 +231,7 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
     const Tensor some_gate_up = rows(grad_gate_up, 0, count);
     const Tensor some_grad_out = rows(grad_out, start, count);
 
-    matmul(some_product, some_grad_out, weights.down);
+    multiply(some_product, some_grad_out, down, left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       run_rows<S>(GatedBackwardRows<S>{row_of<S>(kept.gate_up, start + first),
                                        row_of<S>(product, first), row_of<S>(grad_gate_up, first),
@@ -231,11 +246,11 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
                                         row_of<S>(product, first), sums(first, sum), n, size});
       });
     };
-    matmul(some_second, some_gate_up, weights.out);
+    multiply(some_second, some_gate_up, out_weight, left);
     silu_backward(kept.second, grad_second, kMidBias);
     accumulate(gradients.weights.out, some_gate_up, some_product);
 
-    matmul(some_first, some_second, weights.mid);
+    multiply(some_first, some_second, mid, left);
     silu_backward(kept.first, grad_first, kInBias);
     accumulate(gradients.weights.mid, some_second, some_product);
 
@@ -254,7 +269,7 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
     if (weight_grads) {
       accumulate(columns(gradients.weights.in, 0, size), some_first, some_normed);
     }
-    matmul(rows(gradients.e, start, count), some_first, weights.of_sample());
+    multiply(rows(gradients.e, start, count), some_first, of_sample, left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       run_rows<S>(LayerNormBackwardRows<S>{
           row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(), mean + first, rstd + first,
@@ -262,9 +277,11 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
           sums(first, kNorm), sums(first, kNormBias), sums(first, kDownBias), n, size});
     });
   }
-  matmul(gradients.condition, grad_shared, weights.of_condition());
+  multiply(gradients.condition, grad_shared, Operand(weights.of_condition(), condition.size(0)),
+           left);
   if (!weight_grads) return;
-  matmul(columns(gradients.weights.in, size, size), transposed(grad_shared), condition);
+  multiply(columns(gradients.weights.in, size, size), transposed(grad_shared),
+           Operand(condition, size), left);
   const auto finish = [&](Tensor& sum, Sum which) {
     S* values = sum.mutable_data_ptr<S>();
     for (int64_t h = 0; h < sum.size(0); ++h) {
@@ -303,12 +320,14 @@ void dispatch(ScalarType type, const Function& function) {
 Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
-    const Tensor& e_in, const Tensor& condition, const Tensor& norm_weight, const Tensor& norm_bias,
-    const Tensor& in_weight, const Tensor& in_bias, const Tensor& mid_weight,
-    const Tensor& mid_bias, const Tensor& out_weight, const Tensor& out_bias,
-    const Tensor& down_weight, const Tensor& down_bias, double eps, bool save_activations) {
+    const Tensor& e_in, const Tensor& condition_in, const Tensor& norm_weight,
+    const Tensor& norm_bias, const Tensor& in_weight, const Tensor& in_bias,
+    const Tensor& mid_weight, const Tensor& mid_bias, const Tensor& out_weight,
+    const Tensor& out_bias, const Tensor& down_weight, const Tensor& down_bias, double eps,
+    bool save_activations) {
   const Tensor e = dense(e_in);
-  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  in_bias,
+  const Tensor condition = dense(condition_in);
+  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  dense(in_bias),
                         mid_weight,         dense(mid_bias),  out_weight, dense(out_bias),
                         down_weight,        dense(down_bias)};
   const int64_t num_rows = e.size(0);
@@ -330,7 +349,7 @@ using BlockGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
                                   Tensor, Tensor, Tensor, Tensor>;
 
 BlockGradients energy_head_block_backward(const Tensor& grad_out_in, const Tensor& e_in,
-                                          const Tensor& condition, const Tensor& norm_weight,
+                                          const Tensor& condition_in, const Tensor& norm_weight,
                                           const Tensor& norm_bias, const Tensor& in_weight,
                                           const Tensor& in_bias, const Tensor& mid_weight,
                                           const Tensor& mid_bias, const Tensor& out_weight,
@@ -340,9 +359,10 @@ BlockGradients energy_head_block_backward(const Tensor& grad_out_in, const Tenso
                                           bool weight_grads) {
   const Tensor grad_out = dense(grad_out_in);
   const Tensor e = dense(e_in);
+  const Tensor condition = dense(condition_in);
   const Kept kept{dense(first), dense(second), dense(gate_up)};
-  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  in_bias,
-                        mid_weight,         mid_bias,         out_weight, out_bias,
+  const Weights weights{dense(norm_weight), dense(norm_bias), in_weight,  dense(in_bias),
+                        mid_weight,         dense(mid_bias),  out_weight, dense(out_bias),
                         down_weight,        dense(down_bias)};
   const int64_t num_rows = e.size(0);
   const int64_t size = weights.size();

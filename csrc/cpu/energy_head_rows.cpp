@@ -148,21 +148,14 @@ template <typename S>
 CALM_INLINE void run(const GatedRows<S>& rows) {
   using T = ComputeOf<S>;
   for (int64_t r = 0; r < rows.num_rows; ++r) {
-    S* gates = rows.gate_up + r * 2 * rows.size;
-    S* ups = gates + rows.size;
+    const S* gates = rows.gate_up + r * 2 * rows.size;
     const S* x = rows.x + r * rows.size;
     S* product = rows.product + r * rows.size;
     S* out = rows.out + r * rows.size;
     for_lanes<S>(
         rows.size, CALM_STEP {
-          Vector<T> gate = load_lanes<S>(gates + i, count);
-          Vector<T> up = load_lanes<S>(ups + i, count);
-          if (rows.gate_up_bias != nullptr) {
-            gate += load_lanes<S>(rows.gate_up_bias + i, count);
-            up += load_lanes<S>(rows.gate_up_bias + rows.size + i, count);
-            store_lanes<S>(gates + i, gate, count);
-            store_lanes<S>(ups + i, up, count);
-          }
+          const Vector<T> gate = load_lanes<S>(gates + i, count);
+          const Vector<T> up = load_lanes<S>(gates + rows.size + i, count);
           store_lanes<S>(product + i, gate * sigmoid_lanes<T>(gate) * up, count);
           store_lanes<S>(out + i, load_lanes<S>(x + i, count) + load_lanes<S>(rows.bias + i, count),
                          count);

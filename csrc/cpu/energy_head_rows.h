@@ -64,12 +64,10 @@ struct SiluBackwardRows {
   int64_t size;
 };
 
-// gate_up [num_rows, 2 size] holds gate beside up; gate_up += gate_up_bias where that is given,
-// product = silu(gate) * up, out = x + bias.
+// product = silu(gate) * up, gate_up [num_rows, 2 size] holds gate beside up; out = x + bias.
 template <typename S>
 struct GatedRows {
-  S* gate_up;
-  const S* gate_up_bias;
+  const S* gate_up;
   S* product;
   const S* x;
   const S* bias;

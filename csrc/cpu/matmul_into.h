@@ -90,4 +90,18 @@ inline void multiply_onto(Tensor out, const Tensor& start, const Tensor& a, cons
   sgemm(result, &from, matrix_of(a), *b.packed(), left);
 }
 
+// out = a b with the row [N] added to every row of the result.
+inline void multiply_onto_row(Tensor out, const Tensor& row, const Tensor& a, const RightOperand& b,
+                              ReusedMemory<float>& left) {
+  if (b.packed() == nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out.get(), row.get(), a.get(), b.matrix().get(), 1.0, 1.0));
+    return;
+  }
+  const Matrix<float> result{out.mutable_data_ptr<float>(), out.size(0), out.size(1),
+                             out.stride(0)};
+  const Matrix<const float> from{row.const_data_ptr<float>(), out.size(0), out.size(1), 0};
+  sgemm(result, &from, matrix_of(a), *b.packed(), left);
+}
+
 }  // namespace calm
