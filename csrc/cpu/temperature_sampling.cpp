@@ -1,9 +1,7 @@
 // Temperature sampling from draws, on CPUs: the vote and a round of the exact method.
 //
-// Vote: a table over hashes tells each draw the first one of its patch; the hash finds a candidate,
-// the comparison of all K ids decides. Then one product a count for the weights and one running
-// sum. O(N K) a sequence; fewest bytes: the draws read once (8 N K); table and counts (48 bytes a
-// draw) stay in L1 at N = 200.
+// Vote: a count of equal patches, one product a count for the weights and one running sum. O(N K) a
+// sequence; fewest bytes: the draws read once (8 N K).
 //
 // Exact: a state machine walks the draws of a round in order and stops where it accepts. A draw
 // that differs from the candidate is told by its first token as a rule, so most draws cost one
@@ -15,193 +13,81 @@
 
 #include <algorithm>
 #include <optional>
-#include <span>
 #include <vector>
 
-#include "cpu/lanes.h"
 #include "cpu/multiversion.h"
+#include "cpu/patch_counts.h"
 #include "cpu/registration.h"
 
 namespace calm {
 namespace {
 
-// Draws per task: about 70 microseconds of work; for less it does not pay to wake a thread.
-constexpr int64_t kGrainDraws = 1 << 13;
+// Draws per task: about 12 microseconds of work, and of waiting for 128 KiB where they lie in no
+// cache; for less it does not pay to wake a thread.
+constexpr int64_t kGrainDraws = 1 << 12;
 
 int64_t grain(int64_t num_draws) {
   return std::max<int64_t>(1, kGrainDraws / std::max<int64_t>(1, num_draws));
 }
 
-// Which draws of one sequence are the same patch.
-//
-// Whether a draw brings a new patch is as good as random, and a branch on it is guessed wrong every
-// other time. So nothing branches on it: all draws write their number into the table, the last one
-// first, so that every slot ends with the first draw that hashed there; then each draw reads its
-// slot back and compares itself with the draw it finds. Those that differ lost their slot to
-// another patch, a few in a hundred, and go round again among themselves. In every round the first
-// draw of each slot finds itself, so rounds end whatever the hashes are. Only slots written in the
-// round are read: the table is never cleared.
-struct PatchTable {
-  explicit PatchTable(int64_t num_draws)
-      : shift(64 - 2 - vote_table_log2(num_draws)),
-        slots(size_t{1} << (64 - shift)),
-        places(static_cast<size_t>(num_draws)),
-        pending(static_cast<size_t>(num_draws)),
-        firsts(static_cast<size_t>(num_draws)),
-        counts(static_cast<size_t>(num_draws)) {}
-
-  int shift;
-  std::vector<int32_t> slots;
-  std::vector<int32_t> places;   // each draw's slot
-  std::vector<int32_t> pending;  // draws of this round
-  std::vector<int32_t> firsts;   // each draw's patch occurs there first
-  std::vector<int32_t> counts;   // how often; 0 for draws that repeat an earlier one
-};
-
-// The patches of one sequence; K is the patch size, or 0 where it is known at run time only.
-template <int K, typename Id>
-struct SequenceDraws {
-  const Id* ids;
-  int64_t stride;
-  int64_t num_draws;
-  int64_t patch_size;
-
-  CALM_INLINE const Id* operator[](int64_t draw) const { return ids + draw * stride; }
-  CALM_INLINE int64_t size() const { return K > 0 ? K : patch_size; }
-};
-
-// Notes the first draw of the patch that draw i brings, or that i stays pending; returns how many
-// are pending then.
-template <typename Draws>
-CALM_INLINE int64_t settle(const Draws& draws, int64_t i, int64_t num_pending, const int32_t* slots,
-                           const int32_t* places, int32_t* pending, int32_t* firsts) {
-  const int64_t first = slots[places[i]];
-  const auto* a = draws[i];
-  const auto* b = draws[first];
-  auto difference = a[0] ^ b[0];
-  for (int64_t k = 1; k < draws.size(); ++k) difference |= a[k] ^ b[k];
-  firsts[i] = static_cast<int32_t>(first);
-  pending[num_pending] = static_cast<int32_t>(i);
-  return num_pending + static_cast<int64_t>(difference != 0);
-}
-
-template <typename Draws>
-CALM_INLINE void count_sequence(const Draws& draws, PatchTable& table) {
-  int32_t* const slots = table.slots.data();
-  int32_t* const places = table.places.data();
-  int32_t* const pending = table.pending.data();
-  int32_t* const firsts = table.firsts.data();
-  int32_t* const counts = table.counts.data();
-  const int64_t num_draws = draws.num_draws;
-  for (int64_t i = 0; i < num_draws; ++i) {
-    places[i] = static_cast<int32_t>(hash_patch(draws[i], draws.size()) >> table.shift);
-  }
-  for (int64_t i = num_draws - 1; i >= 0; --i) slots[places[i]] = static_cast<int32_t>(i);
-  int64_t num_pending = 0;
-  for (int64_t i = 0; i < num_draws; ++i) {
-    num_pending = settle(draws, i, num_pending, slots, places, pending, firsts);
-  }
-  while (num_pending > 0) {
-    for (int64_t p = num_pending - 1; p >= 0; --p) slots[places[pending[p]]] = pending[p];
-    const int64_t num_before = num_pending;
-    num_pending = 0;
-    for (int64_t p = 0; p < num_before; ++p) {
-      num_pending = settle(draws, pending[p], num_pending, slots, places, pending, firsts);
-    }
-  }
-  std::fill_n(counts, num_draws, 0);
-  for (int64_t i = 0; i < num_draws; ++i) ++counts[firsts[i]];
-}
-
-template <int K, typename Id>
-void count_patches(const SequenceDraws<K, Id>& draws, PatchTable& table);
-
-#define CALM_COUNT_PATCHES(K, Id)                                                              \
-  template <>                                                                                  \
-  CALM_MULTIVERSION void count_patches(const SequenceDraws<K, Id>& draws, PatchTable& table) { \
-    count_sequence(draws, table);                                                              \
-  }
-
-CALM_COUNT_PATCHES(4, int64_t)
-CALM_COUNT_PATCHES(0, int64_t)
-CALM_COUNT_PATCHES(4, int32_t)
-CALM_COUNT_PATCHES(0, int32_t)
-
-// weights[c] for c = 1..largest, zero where it rounds to zero.
-CALM_MULTIVERSION void weigh_counts(const VoteLaw& law, int64_t largest,
-                                    std::vector<double>& weights) {
+// weights[c] for counts c from the largest one down; returns the largest count whose weight, and
+// that of all smaller ones, is zero.
+CALM_MULTIVERSION int64_t weigh_counts(const VoteLaw& law, int64_t largest,
+                                       std::vector<double>& weights) {
   double product = 1.0;
   int64_t c = largest;
   for (; c >= 1 && !(product < kNegligibleWeight); --c) {
     weights[c] = rounded_weight(product);
     if (c > 1) product *= law.factor(c);
   }
-  std::fill(weights.begin(), weights.begin() + c + 1, 0.0);
+  return c;
 }
 
-// The patches' weights added up, block by block: multiples of 2^-40, so a sum is exact in any
-// order.
-struct RunningWeight {
-  static constexpr int64_t kBlock = 16;
-
-  explicit RunningWeight(int64_t num_draws)
-      : blocks(static_cast<size_t>((num_draws + kBlock - 1) / kBlock)) {}
-
-  std::vector<double> blocks;
-};
-
 struct Tally {
-  int64_t largest;
-  int64_t num_distinct;
+  int32_t largest;
+  int32_t num_distinct;
 };
 
-CALM_MULTIVERSION Tally tally(const std::vector<int32_t>& counts) {
+CALM_MULTIVERSION Tally tally(const std::vector<int32_t>& counts, int64_t num_draws) {
   int32_t largest = 0;
   int32_t num_distinct = 0;
-  for (const int32_t c : counts) {
-    largest = std::max(largest, c);
-    num_distinct += c > 0 ? 1 : 0;
+  for (int64_t i = 0; i < num_draws; ++i) {
+    largest = std::max(largest, counts[i]);
+    num_distinct += counts[i] > 0 ? 1 : 0;
   }
   return {largest, num_distinct};
 }
 
-// weights[c] is the weight of a patch that occurs c times, weights[0] = 0.
-double add_up(const std::vector<int32_t>& counts, const std::vector<double>& weights,
-              RunningWeight& running) {
-  const int64_t size = static_cast<int64_t>(counts.size());
-  double total = 0.0;
-  for (int64_t begin = 0; begin < size; begin += RunningWeight::kBlock) {
-    const int64_t end = std::min(size, begin + RunningWeight::kBlock);
-    double part[4] = {};
-    for (int64_t i = begin; i < end; ++i) part[i % 4] += weights[counts[i]];
-    const double sum = (part[0] + part[1]) + (part[2] + part[3]);
-    running.blocks[begin / RunningWeight::kBlock] = sum;
-    total += sum;
-  }
-  return total;
-}
+// The patches that can be chosen, by the draw where they occur first.
+struct Electables {
+  explicit Electables(int64_t num_draws)
+      : draws(static_cast<size_t>(num_draws) + PatchTable::kVectorLanes),
+        weights(static_cast<size_t>(num_draws) + 1) {}
 
-// The first draw at which the running sum passes the threshold.
-int64_t find(const std::vector<int32_t>& counts, const std::vector<double>& weights,
-             const RunningWeight& sums, double threshold) {
-  const int64_t size = static_cast<int64_t>(counts.size());
-  double running = 0.0;
-  for (int64_t begin = 0; begin < size; begin += RunningWeight::kBlock) {
-    const double sum = sums.blocks[begin / RunningWeight::kBlock];
-    if (running + sum <= threshold) {
-      running += sum;
-      continue;
-    }
-    for (int64_t i = begin; i < std::min(size, begin + RunningWeight::kBlock); ++i) {
-      running += weights[counts[i]];
-      if (running > threshold) return i;
-    }
+  // Weights are multiples of 2^-40: a sum of them is exact in any order.
+  double total(const std::vector<int32_t>& counts) const {
+    double part[4] = {};
+    for (int64_t i = 0; i < size; ++i) part[i % 4] += weights[counts[draws[i]]];
+    return (part[0] + part[1]) + (part[2] + part[3]);
   }
-  // The threshold was rounded up to the total: the last patch that can be chosen.
-  int64_t last = size - 1;
-  while (weights[counts[last]] == 0.0) --last;
-  return last;
-}
+
+  // The first one at which the running sum passes the threshold.
+  int64_t find(const std::vector<int32_t>& counts, double threshold) const {
+    double running = 0.0;
+    for (int64_t i = 0; i < size; ++i) {
+      running += weights[counts[draws[i]]];
+      if (running > threshold) return draws[i];
+    }
+    // The threshold was rounded up to the total: the last patch that can be chosen.
+    int64_t last = size - 1;
+    while (weights[counts[draws[last]]] == 0.0) --last;
+    return draws[last];
+  }
+
+  std::vector<int32_t> draws;
+  std::vector<double> weights;  // by count
+  int64_t size = 0;
+};
 
 template <typename Id>
 struct VoteTask {
@@ -215,23 +101,25 @@ struct VoteTask {
 };
 
 // Votes of sequences begin <= s < end.
-template <int K, typename Id>
+template <typename Id>
 void vote(const VoteTask<Id>& task, int64_t begin, int64_t end) {
   const Draws<Id>& draws = task.draws;
   PatchTable table(draws.num_draws);
-  RunningWeight running(draws.num_draws);
-  std::vector<double> weights(static_cast<size_t>(draws.num_draws) + 1);
+  Electables electables(draws.num_draws);
   const auto& counts = table.counts;
   for (int64_t s = begin; s < end; ++s) {
-    count_patches(SequenceDraws<K, Id>{draws.patch(s, 0), draws.draw_stride, draws.num_draws,
-                                       draws.patch_size},
+    const Id* next = draws.patch(std::min(s + 1, end - 1), 0);
+    count_patches(SequenceDraws<Id>{draws.patch(s, 0), draws.draw_stride, draws.num_draws,
+                                    draws.patch_size, next},
                   table);
-    const Tally found = tally(counts);
-    weigh_counts(VoteLaw(task.exponent[s], draws.num_draws), found.largest, weights);
-    const double total = add_up(counts, weights, running);
+    const Tally found = tally(counts, draws.num_draws);
+    const VoteLaw law(task.exponent[s], draws.num_draws);
+    const int64_t least = weigh_counts(law, found.largest, electables.weights);
+    electables.size =
+        list_counts_above(table, static_cast<int32_t>(least), electables.draws.data());
     const uint64_t row = static_cast<uint64_t>(task.rows == nullptr ? s : task.rows[s]);
     const double u = wide_uniform(task.seed, row, 0, Stream::kBatchTemperature);
-    const int64_t winner = find(counts, weights, running, u * total);
+    const int64_t winner = electables.find(counts, u * electables.total(counts));
     std::copy_n(draws.patch(s, winner), draws.patch_size, task.chosen + s * draws.patch_size);
     task.count[s] = counts[winner];
     task.num_distinct[s] = found.num_distinct;
@@ -297,9 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_temperature_sample(const Tensor& tokens
                             chosen,
                             count.mutable_data_ptr<int64_t>(),
                             num_distinct.mutable_data_ptr<int64_t>()};
-    const auto votes = task.draws.patch_size == 4 ? vote<4, Id> : vote<0, Id>;
     torch::stable::parallel_for(0, num_sequences, grain(task.draws.num_draws),
-                                [&](int64_t begin, int64_t end) { votes(task, begin, end); });
+                                [&](int64_t begin, int64_t end) { vote(task, begin, end); });
   };
   if (tokens.scalar_type() == ScalarType::Long) {
     run(patches.mutable_data_ptr<int64_t>());

@@ -91,6 +91,27 @@ def test_the_vote_equals_the_reference_with_a_temperature_for_each_sequence() ->
             assert_vote_equals_the_reference(tokens, exponent, seed)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("num_draws", [1, 2, 7, 15, 16, 17, 31, 32, 33, 100, 4095, 4096, 4097])
+def test_patches_of_four_are_counted_at_every_length(num_draws: int, dtype: torch.dtype) -> None:
+    """In vectors of draws, the last one part full, up to the longest that fits."""
+    for law in ("zipf", "all-distinct"):
+        tokens = law_of_draws(law, (3, num_draws, 4), dtype)
+        exponent = torch.tensor([1.0, 1.6, 2.0], dtype=torch.float64)
+        assert_vote_equals_the_reference(tokens, exponent, num_draws)
+        interleaved = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+        assert_vote_equals_the_reference(interleaved, exponent, num_draws)
+
+
+def test_negative_and_extreme_ids_of_four() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.int64, torch.int32):
+        bounds = torch.iinfo(dtype)
+        ids = torch.tensor([bounds.min, bounds.min + 1, -1, 0, bounds.max], dtype=dtype)
+        tokens = ids[torch.randint(0, 5, (8, 300, 4), generator=generator)]
+        assert_vote_equals_the_reference(tokens, torch.full((8,), 2.0, dtype=torch.float64), 1)
+
+
 def test_strided_draws_are_read_where_they_are() -> None:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 2, (6, 8, 10), generator=generator)
@@ -101,6 +122,8 @@ def test_strided_draws_are_read_where_they_are() -> None:
         tokens[::2, 1::3, 3:5],
         tokens[:1].expand(5, 8, 10),
         tokens[:, :, :1],
+        tokens[:, :, 2:6],
+        tokens.permute(1, 0, 2)[:, ::2, 5:9],
     ):
         assert_vote_equals_the_reference(view, exponent[: 2 * view.shape[0] : 2], 3)
 
