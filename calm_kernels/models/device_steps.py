@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from calm_kernels.models.cached_backbone import StaticBackbone
-from calm_kernels.models.draws import draw_patches, noise_rows
+from calm_kernels.models.contenders import Contenders, fewest_equal_draws
+from calm_kernels.models.draws import LARGEST_BATCH, draw_patches, noise_rows
 from calm_kernels.ops.random import philox_uniform
 from calm_kernels.ops.temperature_sampling import batch_temperature_sample
 from calm_kernels.reference.philox import Stream
@@ -82,6 +83,10 @@ class DeviceSteps:
         self._device_temperatures = temperatures.to(device)
         self._rows = torch.tensor(self.sequences, device=device)
         self._noise_rows = noise_rows(self._rows, 0, self.num_candidates)
+        fewest = fewest_equal_draws(temperatures)
+        leaves_out = self._votes and not self._backbone.capturable and bool((fewest > 1).any())
+        at_once = self.num_candidates * len(self.sequences) <= LARGEST_BATCH
+        self._fewest = fewest if leaves_out and at_once else None
 
     def run(self, count: int) -> Tensor:
         """Do some steps; int64 [count, sequences, K] on the device."""
@@ -137,12 +142,20 @@ class DeviceSteps:
         width = self._model.mlp_generator.noise_size
         noise = philox_uniform(seed, self._noise_rows, width, Stream.HEAD_NOISE) - 0.5
         noise = noise.reshape(self.num_candidates, len(self._rows), width)
-        candidates = draw_patches(self._model, hidden, noise)
+        contenders = None
+        if self._fewest is None:
+            candidates = draw_patches(self._model, hidden, noise)
+        else:
+            latents = self._model.mlp_generator(hidden, self.num_candidates, noise=noise)
+            contenders = Contenders(self._model.ae_model.decoder, latents, self._fewest)
+            candidates = contenders.tokens
         chosen = candidates[0]
         if self._votes:
             voted = batch_temperature_sample(
                 candidates.transpose(0, 1), self._device_temperatures, seed=seed, rows=self._rows
             )
+            if contenders is not None:
+                voted = contenders.complete(voted)
             chosen = voted if self._at_one is None else chosen.where(self._at_one, voted)
         self._last.copy_(chosen)
         self._patches.index_copy_(0, self._step, chosen.unsqueeze(0))

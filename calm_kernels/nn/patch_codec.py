@@ -319,14 +319,35 @@ class PatchDecoder(nn.Module):
         Token k of patch p is row p*K + k. For ``linear_cross_entropy`` or ``linear_argmax`` with
         ``lm_head_weight``.
         """
+        x = self.patch_states(latents)
+        x = expand_patches(x, self.expand_layer.weight, self.expand_layer.bias, self.patch_size)
+        return self._token_states(x)
+
+    def patch_states(self, latents: Tensor) -> Tensor:
+        """What the expansion multiplies: latents [P, D] -> [P, H]."""
         x: Tensor = self.latent_to_hidden(latents)
         for block in self.decoder_layers[: self._stage]:
             x = block(x)
-        x = expand_patches(x, self.expand_layer.weight, self.expand_layer.bias, self.patch_size)
+        return x
+
+    def decode_places(self, states: Tensor, first: int, stop: int) -> Tensor:
+        """The most likely tokens at places ``first`` to ``stop`` - 1 of a patch.
+
+        :meth:`patch_states` [P, H] -> int64 [P, stop - first], columns of what :meth:`decode`
+        returns.
+        """
+        size = states.shape[-1]
+        rows = slice(first * size, stop * size)
+        layer = self.expand_layer
+        x = nn.functional.linear(states, layer.weight[rows], layer.bias[rows])
+        tokens = linear_argmax(self._token_states(x.reshape(-1, size)), self.lm_head_weight)
+        return tokens.reshape(states.shape[0], stop - first)
+
+    def _token_states(self, x: Tensor) -> Tensor:
         for block in self.decoder_layers[self._stage :]:
             x = block(x)
-        x = self.norm(x)
-        return x
+        states: Tensor = self.norm(x)
+        return states
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents [P, D] -> logits [P, K, V]: large; training and decoding need none."""

@@ -32,6 +32,7 @@
 
 #include "cpu/linear_argmax_scan.h"
 #include "cpu/registration.h"
+#include "cpu/sgemm.h"
 
 namespace calm {
 namespace {
@@ -244,6 +245,36 @@ void run(const Way& way, const Tiling& tiling, int64_t* index, typename Way::Res
   bests.write(index, value);
 }
 
+// A small vocabulary is multiplied whole, packed once for all threads, a block of rows at a time.
+constexpr int64_t kMostPackedColumns = 2048;
+constexpr int64_t kFewestPackedRows = 32;
+constexpr int64_t kPackedRowsPerTask = 128;
+
+void run_packed(const Rows<float>& hidden, int64_t num_rows, const Rows<float>& weight,
+                int64_t vocab, const float* bias, int64_t* index, float* value) {
+  PackedRight packed;
+  packed.pack({weight.data, weight.size, vocab, 1, weight.stride});
+  const int64_t per_task =
+      std::min(kPackedRowsPerTask, divide_up(num_rows, int64_t{torch::stable::get_num_threads()}));
+  torch::stable::parallel_for(0, divide_up(num_rows, per_task), 1, [&](int64_t begin, int64_t end) {
+    ReusedMemory<float> left;
+    std::vector<float> logits(static_cast<size_t>(per_task * vocab));
+    std::vector<Best<float>> best;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * per_task;
+      const int64_t rows = std::min(per_task, num_rows - first);
+      sgemm({logits.data(), rows, vocab, vocab}, nullptr,
+            {hidden.from(first).data, rows, hidden.size, hidden.stride}, packed, left);
+      best.assign(static_cast<size_t>(rows), Bests<float>::kNone);
+      scan_tile({logits.data(), rows, vocab, 0}, bias, best.data());
+      for (int64_t r = 0; r < rows; ++r) {
+        index[first + r] = best[static_cast<size_t>(r)].index;
+        value[first + r] = best[static_cast<size_t>(r)].value;
+      }
+    }
+  });
+}
+
 // Whether torch's matmul has an instruction for bfloat16; where it has none it is slower than
 // float32's.
 bool has_bfloat16_products() {
@@ -299,6 +330,10 @@ std::tuple<Tensor, Tensor> linear_argmax(const Tensor& hidden_in, const Tensor& 
   };
   if (is_double) {
     direct(value.mutable_data_ptr<double>());
+  } else if (dtype == ScalarType::Float && tiling.vocab <= kMostPackedColumns &&
+             num_rows >= kFewestPackedRows && sgemm_serves()) {
+    run_packed(rows_of<float>(hidden), num_rows, rows_of<float>(weight), tiling.vocab,
+               data_of<float>(bias), indices, value.mutable_data_ptr<float>());
   } else if (dtype == ScalarType::Float) {
     direct(value.mutable_data_ptr<float>());
   } else if (dtype == ScalarType::BFloat16 && !bias && has_bfloat16_products()) {
