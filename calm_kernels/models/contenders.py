@@ -5,8 +5,8 @@ are decoded place by place, so a draw whose first tokens no other draw of its se
 left there: it stays alone whatever follows. The vote is the same as over all tokens. If no patch is
 drawn twice, every draw has the same chance, and the one that wins is decoded then.
 
-What is left out depends on the law: a fifth of the decoder's work for a law that repeats itself,
-half of it where two tokens already tell most draws apart. The number of rows depends on the draws,
+What is left out depends on the law: a quarter of the tokens of the demo's trained model, half where
+two tokens already tell most draws apart. The number of rows depends on the draws,
 which costs a GPU a look from the host: for CPUs.
 """
 
