@@ -200,13 +200,13 @@ CALM_AVX512_PATCHES CALM_INLINE void place(const SequenceDraws<Id>& draws, Patch
   }
 }
 
-// Draws that repeat an earlier one, their number and, 16 bits higher, that of the first of their
-// kind; firsts are counted once. The list takes the place of `firsts`.
 struct Settled {
   int64_t num_repeats;
   int64_t num_pending;
 };
 
+// Compares each draw with the one in its slot. The first of its kind is counted; a repeat goes on a
+// list, which takes the place of `firsts`: its number and, 16 bits higher, that of the first.
 CALM_AVX512_PATCHES CALM_INLINE Settled settle_by_tags(PatchTable& table) {
   const int64_t num_draws = table.num_draws;
   const __m512i number_mask = _mm512_set1_epi32(kNumberMask);
@@ -290,15 +290,14 @@ CALM_AVX512_PATCHES CALM_INLINE bool count_repeats(const SequenceDraws<Id>& draw
   return _mm256_testz_si256(all, all) != 0;
 }
 
-#define CALM_COUNT_BY_TAGS(Id)                                                              \
-  CALM_AVX512_PATCHES bool count_by_tags(const SequenceDraws<Id>& draws, PatchTable& t) {   \
-    place(draws, t);                                                                        \
-    for (int64_t i = draws.num_draws - 1; i >= 0; --i) t.slots[t.places[i]] = t.entries[i]; \
-    return count_repeats(draws, t, settle_pending(t, settle_by_tags(t)));                   \
+template <typename Id>
+CALM_AVX512_PATCHES bool count_by_tags(const SequenceDraws<Id>& draws, PatchTable& table) {
+  place(draws, table);
+  for (int64_t i = draws.num_draws - 1; i >= 0; --i) {
+    table.slots[table.places[i]] = table.entries[i];
   }
-
-CALM_COUNT_BY_TAGS(int64_t)
-CALM_COUNT_BY_TAGS(int32_t)
+  return count_repeats(draws, table, settle_pending(table, settle_by_tags(table)));
+}
 
 // Compressed into a register and stored whole: a masked compressing store is microcode on some
 // CPUs.
