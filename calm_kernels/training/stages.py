@@ -260,16 +260,23 @@ def _place(model: Any, options: StageOptions) -> None:
         model.to("cuda")
 
 
+def _make_checkpoints_folder(stage: Stage, anew: bool) -> None:
+    """For one process: another that looks at the folder meanwhile could find it gone."""
+    checkpoints = stage.folder / CHECKPOINTS
+    with disk_errors(stage.folder, "a checkpoint"):
+        make_folder(checkpoints)
+        if anew:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            make_folder(checkpoints)
+            write_json(checkpoints / STAGE, stage.settings)
+
+
 def _train(
     stage: Stage, options: StageOptions, reporter: Reporter, checkpoint: Path | None
 ) -> tuple[Any, float]:
     checkpoints = stage.folder / CHECKPOINTS
+    on_main_process(lambda: _make_checkpoints_folder(stage, checkpoint is None), options.cpu)
     with disk_errors(stage.folder, "a checkpoint"):
-        make_folder(checkpoints)
-        if checkpoint is None and is_main_process():
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            make_folder(checkpoints)
-            write_json(checkpoints / STAGE, stage.settings)
         arguments = training_arguments(
             checkpoints,
             stage.optimization,

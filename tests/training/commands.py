@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from calm_kernels.cli import main
-from calm_kernels.training import presets
+from calm_kernels.training import presets, stages
 from calm_kernels.training.trainer import CalmTrainer, Progress
 
 
@@ -40,8 +40,8 @@ def tiny_with_muon() -> presets.Preset:
 
 
 def run(command: Command) -> int:
-    """Run a command; its record holds ``code``, ``batches`` and ``shard``."""
-    record: dict[str, Any] = {"batches": [], "shard": None}
+    """Run a command; its record holds ``code``, ``batches``, ``shard`` and ``folders`` made."""
+    record: dict[str, Any] = {"batches": [], "shard": None, "folders": 0}
     with contextlib.ExitStack() as watched:
         watched.enter_context(mock.patch.dict(presets.PRESETS, {"muon": tiny_with_muon}))
         watched.enter_context(_recording(record))
@@ -56,6 +56,7 @@ def run(command: Command) -> int:
 @contextlib.contextmanager
 def _recording(record: dict[str, Any]) -> Iterator[None]:
     compute_loss, create_optimizer = Trainer.compute_loss, CalmTrainer.create_optimizer
+    make_folder = stages.make_folder
 
     def watch_batch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         blocks = [hashlib.sha1(ids.numpy().tobytes()).hexdigest() for ids in inputs["input_ids"]]
@@ -72,7 +73,12 @@ def _recording(record: dict[str, Any]) -> Iterator[None]:
         }
         return optimizer
 
+    def watch_folder(folder: Path) -> None:
+        record["folders"] += 1
+        make_folder(folder)
+
     with (
+        mock.patch.object(stages, "make_folder", watch_folder),
         mock.patch.object(Trainer, "compute_loss", watch_batch),
         mock.patch.object(CalmTrainer, "create_optimizer", watch_optimizer),
     ):

@@ -192,6 +192,15 @@ def test_two_processes_train_the_weights_that_one_does(runs: Runs, way: str, kin
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
+def test_one_process_alone_makes_and_removes_folders(runs: Runs, way: str, kind: str) -> None:
+    """Another that made them at the same time could find one removed and give up."""
+    first, second = (record["folders"] for record in runs.records(way, kind))
+    assert first > 0
+    assert second == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
 def test_what_is_logged_is_the_mean_over_processes(runs: Runs, way: str, kind: str) -> None:
     expected, found = (history(runs.folder(name, kind)) for name in ("one", way))
     assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
