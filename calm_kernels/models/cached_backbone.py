@@ -230,9 +230,6 @@ def _widened(cached: Tensor, capacity: int) -> Tensor:
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
     if type(module) in (FastRMSNorm, LlamaRMSNorm):
         norm: Any = module
-        weight = norm.weight.to(x.dtype)
-        if x.device.type == "cpu":
-            return rms_norm(x, weight, eps=norm.variance_epsilon)
-        return F.rms_norm(x, x.shape[-1:], weight, norm.variance_epsilon)
+        return rms_norm(x, norm.weight.to(x.dtype), eps=norm.variance_epsilon)
     out: Tensor = module(x)
     return out

@@ -6,8 +6,8 @@ left there: it stays alone whatever follows. The vote is the same as over all to
 drawn twice, every draw has the same chance, and the one that wins is decoded then.
 
 What is left out depends on the law: a quarter of the tokens of the demo's trained model, half where
-two tokens already tell most draws apart. The number of rows depends on the draws,
-which costs a GPU a look from the host: for CPUs.
+two tokens already tell most draws apart. The number of rows depends on the draws, so every place
+costs a GPU a look from the host: for CPUs.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Contenders:
         self._decoder = decoder
         self._states = decoder.patch_states(latents.flatten(0, 1))
         num_draws, self._num_sequences = latents.shape[:2]
-        unknown = -1 - torch.arange(num_draws).view(-1, 1, 1)
+        unknown = -1 - torch.arange(num_draws, device=latents.device).view(-1, 1, 1)
         self.tokens = unknown.repeat(1, self._num_sequences, decoder.patch_size)
         """int64 [S, A, K]; where draw s was left, -1 - s, so that it equals no other draw."""
-        self._decode(fewest)
+        self._decode(fewest.to(latents.device))
 
     def _decode(self, fewest: Tensor) -> None:
         tokens = self.tokens.flatten(0, 1)
-        rows = torch.arange(len(tokens))
+        rows = torch.arange(len(tokens), device=tokens.device)
         sequences = rows % self._num_sequences
         alike = sequences  # equal for draws that are equal so far
         vocab_size, patch_size = self._decoder.lm_head_weight.shape[0], tokens.shape[1]

@@ -8,9 +8,8 @@ from calm_kernels.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's layer, in the dtype of its input: under autocast no promotion to float32.
-
-    On GPUs torch's own kernel runs, on CPUs, where torch composes it of many passes, ``rms_norm``.
+    """torch's layer by :func:`~calm_kernels.ops.rms_norm.rms_norm`, in the dtype of its input: no
+    promotion to float32 under autocast.
 
     Args:
         hidden_size: H, of inputs [*, H].
@@ -23,7 +22,4 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(hidden_size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        if x.device.type == "cpu":
-            return rms_norm(x, weight, eps=self.eps)
-        return nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), eps=self.eps)

@@ -18,6 +18,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "cpu/dtype_dispatch.h"
 #include "cpu/energy_head_rows.h"
 #include "cpu/large_pages.h"
 #include "cpu/matmul_into.h"
@@ -300,23 +301,6 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
   finish(gradients.weights.down_bias, kDownBias);
 }
 
-// Calls function.template operator()<S>() for the tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<torch::headeronly::BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<torch::headeronly::Half>();
-    default:
-      STD_TORCH_CHECK(false, "energy_head_block: unexpected dtype");
-  }
-}
-
 Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
@@ -338,8 +322,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
             new_rows(e, kept_rows, 2 * size)};
   if (num_rows != 0) {
     const int64_t num_samples = num_rows / condition.size(0);
-    dispatch(e.scalar_type(),
-             [&]<typename S>() { forward<S>(e, condition, num_samples, weights, eps, out, kept); });
+    dispatch_floating(e.scalar_type(), [&]<typename S>() {
+      forward<S>(e, condition, num_samples, weights, eps, out, kept);
+    });
   }
   return {out, kept.first, kept.second, kept.gate_up};
 }
@@ -380,7 +365,7 @@ BlockGradients energy_head_block_backward(const Tensor& grad_out_in, const Tenso
        gradient({size, size}), gradient({size})}};
   if (num_rows != 0) {
     const int64_t num_samples = num_rows / condition.size(0);
-    dispatch(e.scalar_type(), [&]<typename S>() {
+    dispatch_floating(e.scalar_type(), [&]<typename S>() {
       backward<S>(grad_out, e, condition, num_samples, weights, eps, kept, weight_grads, gradients);
     });
   }

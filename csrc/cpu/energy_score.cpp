@@ -17,6 +17,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "cpu/dtype_dispatch.h"
 #include "cpu/energy_score_position.h"
 #include "cpu/registration.h"
 
@@ -308,23 +309,6 @@ void from_targets(const Tensor& samples, const Tensor& targets, double alpha, bo
   });
 }
 
-// Calls function.template operator()<In>() for the tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<torch::headeronly::BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<torch::headeronly::Half>();
-    default:
-      STD_TORCH_CHECK(false, "energy_score: unexpected dtype");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> energy_score(const Tensor& samples, const Tensor& mean,
                                                         const Tensor& log_std,
                                                         const std::optional<Tensor>& seed,
@@ -343,7 +327,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_score(const Tensor& samples, c
     STD_TORCH_CHECK(seed.has_value(), "energy_score: monte_carlo needs a seed");
     key = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
   }
-  dispatch(samples.scalar_type(), [&]<typename In>() {
+  dispatch_floating(samples.scalar_type(), [&]<typename In>() {
     gaussian<In>(samples, mean, log_std, key, alpha, num_targets, score, gradients);
   });
   return {score, gradients.samples, gradients.mean, gradients.log_std};
@@ -356,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor> energy_score_from_targets(const Tensor& sampl
   Tensor score = score_like(samples);
   Tensor grad_samples = gradient_like(samples, needs_samples);
   Tensor grad_targets = gradient_like(targets, needs_targets);
-  dispatch(samples.scalar_type(), [&]<typename In>() {
+  dispatch_floating(samples.scalar_type(), [&]<typename In>() {
     from_targets<In>(samples, targets, alpha, needs_samples, needs_targets, score, grad_samples,
                      grad_targets);
   });

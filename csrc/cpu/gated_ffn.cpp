@@ -18,6 +18,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "cpu/dtype_dispatch.h"
 #include "cpu/gated_ffn_rows.h"
 #include "cpu/large_pages.h"
 #include "cpu/matmul_into.h"
@@ -257,23 +258,6 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
   }
 }
 
-// Calls function.template operator()<S>() for the tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<torch::headeronly::BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<torch::headeronly::Half>();
-    default:
-      STD_TORCH_CHECK(false, "gated_ffn: unexpected dtype");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& norm_weight,
                                              const Tensor& gate_weight, const Tensor& up_weight,
                                              const Tensor& down_weight, double eps,
@@ -286,7 +270,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& n
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, compute_type(x));
   Tensor gate_up = fresh(x, {save_activations ? num_rows : 0, 2 * weights.size()});
   if (num_rows == 0) return {out, rstd, gate_up};
-  dispatch(x.scalar_type(), [&]<typename S>() { forward<S>(x, weights, eps, out, rstd, gate_up); });
+  dispatch_floating(x.scalar_type(),
+                    [&]<typename S>() { forward<S>(x, weights, eps, out, rstd, gate_up); });
   return {out, rstd, gate_up};
 }
 
@@ -311,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ffn_backward(
                       gradient({size, hidden_size}), gradient({size, hidden_size}),
                       gradient({hidden_size, size})};
   if (num_rows != 0) {
-    dispatch(x.scalar_type(), [&]<typename S>() {
+    dispatch_floating(x.scalar_type(), [&]<typename S>() {
       backward<S>(grad_out, x, weights, rstd, gate_up, weight_grads, gradients);
     });
   }

@@ -19,6 +19,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "common/patch_codec.h"
+#include "cpu/dtype_dispatch.h"
 #include "cpu/multiversion.h"
 #include "cpu/registration.h"
 
@@ -112,23 +113,6 @@ void dispatch_ids(const Tensor& ids, const Function& function) {
     function(ids.const_data_ptr<int64_t>());
   } else {
     function(ids.const_data_ptr<int32_t>());
-  }
-}
-
-// Calls function.template operator()<T>() for a tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<Half>();
-    default:
-      STD_TORCH_CHECK(false, "patch_codec: unexpected dtype");
   }
 }
 
@@ -265,7 +249,7 @@ Tensor embed_flatten_backward(const Tensor& grad_flat_in, const Tensor& used_ids
   outside.check(vocab_size);
   const SortedTokens sorted(ids, count, vocab_size);
   const int64_t tiles = (count + kTileTokens - 1) / kTileTokens;
-  dispatch(grad_flat.scalar_type(), [&]<typename T>() {
+  dispatch_floating(grad_flat.scalar_type(), [&]<typename T>() {
     const T* rows = grad_flat.const_data_ptr<T>();
     T* out = grad.mutable_data_ptr<T>();
     const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
@@ -312,7 +296,7 @@ Tensor folded_squeezed_gather(const Tensor& ids_in, const Tensor& tables_in,
   Tensor out = torch::stable::new_empty(tables, {num_patches, width});
   OutOfRange::check_not_empty(vocab_size, num_patches);
   OutOfRange outside;
-  dispatch(tables.scalar_type(), [&]<typename T>() {
+  dispatch_floating(tables.scalar_type(), [&]<typename T>() {
     const T* table = tables.const_data_ptr<T>();
     const T* bias_row = bias.const_data_ptr<T>();
     T* result = out.mutable_data_ptr<T>();

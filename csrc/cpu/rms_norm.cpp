@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "cpu/dtype_dispatch.h"
 #include "cpu/gated_ffn_rows.h"
 #include "cpu/registration.h"
 
@@ -19,23 +20,6 @@ constexpr int64_t kGrain = 1 << 15;
 
 ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Calls function.template operator()<S>() for the tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<torch::headeronly::BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<torch::headeronly::Half>();
-    default:
-      STD_TORCH_CHECK(false, "rms_norm: unexpected dtype");
-  }
 }
 
 // function(task, first row, rows) for all pieces of kTaskRows rows.
@@ -59,7 +43,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x_in, const Tensor& we
   const int64_t size = x.size(1);
   Tensor out = torch::stable::new_empty(x, {num_rows, size});
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, compute_type(x));
-  dispatch(x.scalar_type(), [&]<typename S>() {
+  dispatch_floating(x.scalar_type(), [&]<typename S>() {
     const S* in = x.const_data_ptr<S>();
     const S* scale = weight.const_data_ptr<S>();
     S* normed = out.mutable_data_ptr<S>();
@@ -84,7 +68,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& grad_out_in, const
   Tensor grad_x = torch::stable::new_empty(x, {num_rows, size});
   Tensor grad_weight = torch::stable::new_empty(x, {size});
   Tensor partial = torch::stable::new_zeros(x, {num_tasks, size}, compute_type(x));
-  dispatch(x.scalar_type(), [&]<typename S>() {
+  dispatch_floating(x.scalar_type(), [&]<typename S>() {
     using T = ComputeOf<S>;
     const S* in = x.const_data_ptr<S>();
     const S* grad = grad_out.const_data_ptr<S>();

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cuda/dtype_dispatch.cuh"
 #include "cuda/energy_head_kernel.cuh"
 #include "cuda/registration.cuh"
 
@@ -220,23 +221,6 @@ void backward(const Launcher& launcher, const Tensor& grad_out, const Tensor& e,
                      read<S>(operand), read<S>(grad_out), written<S>(gradients.e), num_rows, size);
 }
 
-// Calls function.template operator()<S>() for the tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<Float16>();
-    default:
-      STD_TORCH_CHECK(false, "energy_head_block: unexpected dtype");
-  }
-}
-
 Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
@@ -258,8 +242,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_head_block(
             torch::stable::new_empty(e, {num_rows, 2 * size})};
   if (num_rows != 0) {
     const Launcher launcher{current_stream(device)};
-    dispatch(e.scalar_type(),
-             [&]<typename S>() { forward<S>(launcher, e, condition, weights, eps, out, kept); });
+    dispatch_floating(e.scalar_type(), [&]<typename S>() {
+      forward<S>(launcher, e, condition, weights, eps, out, kept);
+    });
   }
   if (save_activations) return {out, kept.first, kept.second, kept.gate_up};
   return {out, torch::stable::new_empty(e, {0, size}), torch::stable::new_empty(e, {0, size}),
@@ -303,7 +288,7 @@ BlockGradients energy_head_block_backward(const Tensor& grad_out_in, const Tenso
        gradient({size, size}), gradient({size})}};
   if (num_rows != 0) {
     const Launcher launcher{current_stream(device)};
-    dispatch(e.scalar_type(), [&]<typename S>() {
+    dispatch_floating(e.scalar_type(), [&]<typename S>() {
       backward<S>(launcher, grad_out, e, condition, weights, eps, kept, weight_grads, gradients);
     });
   }

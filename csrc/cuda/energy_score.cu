@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/dtype_dispatch.cuh"
 #include "cuda/energy_score_launch.cuh"
 #include "cuda/registration.cuh"
 
@@ -83,23 +84,6 @@ void run(EnergyArguments<In>& arguments, const Tensor& samples, int32_t device) 
   STD_CUDA_CHECK(launch_energy_score(arguments, plan, current_stream(device)));
 }
 
-// Calls function.template operator()<In>() for the tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<Float16>();
-    default:
-      STD_TORCH_CHECK(false, "energy_score: unexpected dtype");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> energy_score(const Tensor& samples, const Tensor& mean,
                                                         const Tensor& log_std,
                                                         const std::optional<Tensor>& seed,
@@ -114,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> energy_score(const Tensor& samples, c
   const Tensor grad_samples = gradient_like(samples, needs_samples);
   const Tensor grad_mean = gradient_like(mean, needs_mean);
   const Tensor grad_log_std = gradient_like(log_std, needs_log_std);
-  dispatch(samples.scalar_type(), [&]<typename In>() {
+  dispatch_floating(samples.scalar_type(), [&]<typename In>() {
     auto arguments = common_arguments<In>(samples, drawn ? num_targets : 0, alpha, score);
     arguments.mean = rows_of<In>(mean);
     arguments.log_std = rows_of<In>(log_std);
@@ -136,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> energy_score_from_targets(const Tensor& sampl
   const Tensor score = score_like(samples);
   const Tensor grad_samples = gradient_like(samples, needs_samples);
   const Tensor grad_targets = gradient_like(targets, needs_targets);
-  dispatch(samples.scalar_type(), [&]<typename In>() {
+  dispatch_floating(samples.scalar_type(), [&]<typename In>() {
     auto arguments = common_arguments<In>(samples, targets.size(0), alpha, score);
     arguments.targets = rows_of<In>(targets);
     arguments.grad_samples = gradient_pointer<In>(grad_samples, needs_samples);

@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& n
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, compute_type);
   Tensor gate_up = torch::stable::new_empty(x, {num_rows, 2 * size});
   if (num_rows == 0) return {out, rstd, gate_up};
-  dispatch(x.scalar_type(), [&]<typename In>() {
+  dispatch_floating(x.scalar_type(), [&]<typename In>() {
     const cudaStream_t stream = current_stream(device);
     // out holds normed until the last matmul writes it.
     launch_rms_norm<In>(x, norm_weight, rstd, out, eps, false, stream);
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ffn_backward(
   Tensor grad_up_weight = gradient({size, hidden_size});
   Tensor grad_down_weight = gradient({hidden_size, size});
   if (num_rows != 0) {
-    dispatch(x.scalar_type(), [&]<typename In>() {
+    dispatch_floating(x.scalar_type(), [&]<typename In>() {
       const cudaStream_t stream = current_stream(device);
       const bool kept = gate_up.size(0) == num_rows;
       const Tensor gate_and_up = packed(gate_weight, up_weight);

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in,
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor rstd = torch::stable::new_empty(x, {x.size(0)}, compute_type);
   if (x.size(0) == 0) return {out, rstd};
-  dispatch(x.scalar_type(), [&]<typename In>() {
+  dispatch_floating(x.scalar_type(), [&]<typename In>() {
     launch_rms_norm<In>(x, weight, rstd, out, eps, false, current_stream(device));
   });
   return {out, rstd};
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_out_in, const Te
   Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   if (x.size(0) == 0) return {grad_x, torch::stable::new_zeros(x, {x.size(1)})};
   Tensor grad_weight = torch::stable::new_empty(x, {x.size(1)});
-  dispatch(x.scalar_type(), [&]<typename In>() {
+  dispatch_floating(x.scalar_type(), [&]<typename In>() {
     launch_rms_norm_backward<In>(x, weight, rstd, input<In>(grad_out), nullptr, grad_x, grad_weight,
                                  current_stream(device));
   });

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "cuda/dtype_dispatch.cuh"
 #include "cuda/gated_ffn_kernel.cuh"
 #include "cuda/registration.cuh"
 
@@ -112,23 +113,6 @@ void launch_rms_norm_backward(const Tensor& x, const Tensor& norm_weight, const 
   column_sum_kernel<In><<<static_cast<unsigned>((size + 31) / 32), kFfnThreads, 0, stream>>>(
       arguments.partial, output<In>(grad_norm_weight), blocks, size);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// Calls function.template operator()<In>() for the tensor's dtype.
-template <typename Function>
-void dispatch(ScalarType type, const Function& function) {
-  switch (type) {
-    case ScalarType::Float:
-      return function.template operator()<float>();
-    case ScalarType::Double:
-      return function.template operator()<double>();
-    case ScalarType::BFloat16:
-      return function.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return function.template operator()<Float16>();
-    default:
-      STD_TORCH_CHECK(false, "expected a floating dtype");
-  }
 }
 
 }  // namespace
