@@ -29,12 +29,15 @@ ALONE = ("reference", "triton", "ops")
 SHARED = {"calm_kernels.reference.philox", "calm_kernels.triton.specialization"}
 OPERATIONS = (
     "brier",
+    "decoder_step",
     "energy_score",
     "gated_ffn",
     "linear_argmax",
     "linear_cross_entropy",
     "patch_codec",
     "random",
+    "rms_norm",
+    "row_layers",
     "temperature_sampling",
 )
 CORE = ("reference", "ops", "nn", "_checks", "_native", "_dispatch", "_autocast")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from calm_kernels.models.draws import draw_patches
+from calm_kernels.models.draws import Drawer
 from calm_kernels.models.rollout import Rollout
 from calm_kernels.models.sequences import as_int_seed, seed_of_step
 from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
@@ -124,6 +124,7 @@ def score_patches(
     starts = num_starts(patches.shape[1], patch_size, every)
     started = _patches_started(starts, every, patches.device)
     base_seed, step = as_int_seed(seed), 0
+    drawer = Drawer(model, patches.shape[0] * starts * num_samples)
 
     def draw(hidden: Tensor) -> Tensor:
         nonlocal step
@@ -132,7 +133,7 @@ def score_patches(
             len(rows), num_samples, rows.device, seed_of_step(base_seed, step)
         )
         step += 1
-        return draw_patches(model, rows, noise).reshape(num_samples, *shape, -1)
+        return drawer.patches(rows, noise).reshape(num_samples, *shape, -1)
 
     truth = patches[:, 1:]
     if patch_size >= NGRAMS:

@@ -13,10 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from calm_kernels.models.decoder_layer import FastDecoderLayer, FastRMSNorm
 from calm_kernels.models.inputs import position_ids
+from calm_kernels.ops.decoder_step import (
+    DecoderLayerWeights,
+    decoder_step,
+    why_not_decoder_step,
+)
 from calm_kernels.ops.rms_norm import rms_norm
 
 if TYPE_CHECKING:
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 SMALLEST_CAPACITY = 64
 """Patches that a static cache starts with; it doubles when full. A multiple of what attention
 kernels want a mask aligned to."""
+_MOST_ROWS_OF_ONE_OPERATOR = 32
 _ROPE_THAT_LOOKS_AT_LENGTHS = ("dynamic", "longrope")
 
 
@@ -108,6 +115,8 @@ class StaticBackbone:
         self._keys = [_widened(layer.keys, capacity) for layer in layers]
         self._values = [_widened(layer.values, capacity) for layer in layers]
         self._make_tables()
+        self._weights = [_step_weights(layer) for layer in self._backbone.layers]
+        """Of the layers that one operator runs; None for the others."""
 
     @property
     def capturable(self) -> bool:
@@ -156,6 +165,8 @@ class StaticBackbone:
     def step(self, patches: Tensor) -> Tensor:
         """int64 [B, K] -> [B, H]; the place was made by :meth:`make_room`."""
         x: Tensor = self._model.embed_patches(patches)
+        if self._runs_by_operators(x):
+            return self._step_by_operators(x)
         places = (self._position - self._filling).unsqueeze(1)
         rotary = (F.embedding(places, self._cos), F.embedding(places, self._sin))
         # A recording has one shape: it attends to all slots, of which a mask hides the free ones.
@@ -164,6 +175,30 @@ class StaticBackbone:
         for i, layer in enumerate(self._backbone.layers):
             x = x + self._attend(i, layer.self_attn, _norm(layer.input_layernorm, x), rotary, mask)
             x = x + layer.mlp(_norm(layer.post_attention_layernorm, x))
+        self._position += 1
+        return _norm(self._backbone.norm, x)
+
+    def _runs_by_operators(self, x: Tensor) -> bool:
+        if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+            return False
+        return len(x) <= _MOST_ROWS_OF_ONE_OPERATOR and None not in self._weights
+
+    def _step_by_operators(self, x: Tensor) -> Tensor:
+        rotary = (self._cos, self._sin)
+        for i, (layer, weights) in enumerate(
+            zip(self._backbone.layers, self._weights, strict=True)
+        ):
+            assert weights is not None
+            x = decoder_step(
+                x,
+                weights,
+                self._keys[i],
+                self._values[i],
+                self._position,
+                self._filling,
+                rotary,
+                scale=layer.self_attn.scaling,
+            )
         self._position += 1
         return _norm(self._backbone.norm, x)
 
@@ -225,6 +260,28 @@ def _widened(cached: Tensor, capacity: int) -> Tensor:
     wide = cached.new_zeros((*cached.shape[:2], capacity, cached.shape[3]))
     wide[:, :, : cached.shape[2]] = cached
     return wide
+
+
+def _step_weights(layer: Any) -> DecoderLayerWeights | None:
+    """The weights of a layer that :func:`decoder_step` computes, faster than torch; else None."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    plain = (
+        all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+        and all(type(norm) in (FastRMSNorm, LlamaRMSNorm) for norm in norms)
+        and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
+    )
+    if not plain or why_not_decoder_step(layer.parameters()) is not None:
+        return None
+    query, key, value, out, gate, up, down = (linear.weight for linear in linears)
+    eps, post_eps = (norm.variance_epsilon for norm in norms)
+    norm, post_norm = (norm.weight for norm in norms)
+    return DecoderLayerWeights(
+        norm, query, key, value, out, post_norm, gate, up, down, eps, post_eps
+    )
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calm_kernels.nn.packed import PackedDecoder
 from calm_kernels.nn.patch_codec import PatchDecoder
 
 _WORTH_NO_LOOK = 64
@@ -39,7 +40,9 @@ class Contenders:
         fewest: of :func:`fewest_equal_draws`, [A].
     """
 
-    def __init__(self, decoder: PatchDecoder, latents: Tensor, fewest: Tensor) -> None:
+    def __init__(
+        self, decoder: PatchDecoder | PackedDecoder, latents: Tensor, fewest: Tensor
+    ) -> None:
         self._decoder = decoder
         self._states = decoder.patch_states(latents.flatten(0, 1))
         num_draws, self._num_sequences = latents.shape[:2]

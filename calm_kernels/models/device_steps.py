@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from calm_kernels.models.cached_backbone import StaticBackbone
 from calm_kernels.models.contenders import Contenders, fewest_equal_draws
-from calm_kernels.models.draws import LARGEST_BATCH, draw_patches, noise_rows
+from calm_kernels.models.draws import LARGEST_BATCH, Drawer, noise_rows
 from calm_kernels.ops.random import philox_uniform
 from calm_kernels.ops.temperature_sampling import batch_temperature_sample
 from calm_kernels.reference.philox import Stream
-
-if TYPE_CHECKING:
-    from calm_kernels.models.energy_transformer import EnergyTransformer
 
 _log = logging.getLogger("calm_kernels")
 
@@ -31,7 +27,7 @@ class DeviceSteps:
     again whenever memory has moved. Where recording fails, steps run plainly.
 
     Args:
-        model: the language model.
+        drawer: of the model.
         backbone: over the sequences' contexts.
         temperatures: of all sequences, float [B] on the CPU.
         num_candidates: draws that vote.
@@ -41,14 +37,14 @@ class DeviceSteps:
 
     def __init__(
         self,
-        model: EnergyTransformer,
+        drawer: Drawer,
         backbone: StaticBackbone,
         temperatures: Tensor,
         num_candidates: int,
         seeds: Sequence[int],
         last: Tensor | None,
     ) -> None:
-        self._model = model
+        self._drawer = drawer
         self._backbone = backbone
         device = backbone.hidden.device
         self.sequences = list(range(len(temperatures)))
@@ -58,7 +54,7 @@ class DeviceSteps:
         self._seeds = torch.tensor(seeds, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._num_done = 0
-        patch_size = model.config.patch_size
+        patch_size = drawer.decoder.patch_size
         self._patches = torch.zeros(
             (len(seeds), len(temperatures), patch_size), dtype=torch.int64, device=device
         )
@@ -139,15 +135,15 @@ class DeviceSteps:
     def _draw(self, hidden: Tensor) -> None:
         """The next patch of each sequence, given what the head reads: [B, H]."""
         seed = self._seeds.index_select(0, self._step)
-        width = self._model.mlp_generator.noise_size
+        width = self._drawer.noise_size
         noise = philox_uniform(seed, self._noise_rows, width, Stream.HEAD_NOISE) - 0.5
         noise = noise.reshape(self.num_candidates, len(self._rows), width)
         contenders = None
         if self._fewest is None:
-            candidates = draw_patches(self._model, hidden, noise)
+            candidates = self._drawer.patches(hidden, noise)
         else:
-            latents = self._model.mlp_generator(hidden, self.num_candidates, noise=noise)
-            contenders = Contenders(self._model.ae_model.decoder, latents, self._fewest)
+            latents = self._drawer.latents(hidden, noise)
+            contenders = Contenders(self._drawer.decoder, latents, self._fewest)
             candidates = contenders.tokens
         chosen = candidates[0]
         if self._votes:

@@ -12,6 +12,7 @@ from torch import Tensor
 from calm_kernels import _checks
 from calm_kernels.models.cached_backbone import Backbone, StaticBackbone, make_backbone
 from calm_kernels.models.device_steps import DeviceSteps
+from calm_kernels.models.draws import Drawer
 from calm_kernels.models.patch_sampler import SAMPLERS, Choice, PatchSampler
 from calm_kernels.models.sequences import (
     GenerationOutput,
@@ -127,6 +128,7 @@ class _Steps:
         self._sequences = sequences
         self._temperatures = temperatures
         self._sampling = sampling
+        self._drawer = Drawer(model, _num_draws(temperatures, sampling.num_candidates))
         self._on_patch = on_patch
         self._most_steps = sequences.most_patches(model.config.patch_size)
         self._choices: list[list[Choice]] = [[] for _ in prompts]
@@ -161,7 +163,7 @@ class _Steps:
         how = self._sampling
         seed = seed_of_step(how.seed, self._num_done)
         sampler = PatchSampler(
-            self._model,
+            self._drawer,
             self._backbone.hidden,
             seed,
             how.num_candidates,
@@ -196,7 +198,7 @@ class _Steps:
         sampling = self._sampling
         numbers = range(self._num_done, self._most_steps)
         steps = DeviceSteps(
-            self._model,
+            self._drawer,
             backbone,
             self._temperatures,
             sampling.num_candidates,
@@ -251,6 +253,11 @@ def _temperatures(temperature: float | Tensor, batch_size: int) -> Tensor:
             f"temperature: expected 0 < T <= 1; got {values.tolist()}; T = 1 draws from the model"
         )
     return values
+
+
+def _num_draws(temperatures: Tensor, num_candidates: int) -> int:
+    """Patches drawn at a time."""
+    return len(temperatures) * (1 if bool((temperatures == 1).all()) else num_candidates)
 
 
 def _split_prompts(

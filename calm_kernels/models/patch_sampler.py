@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from calm_kernels.models.draws import draw_patches, noise_rows
+from calm_kernels.models.draws import Drawer, noise_rows
 from calm_kernels.ops.random import philox_uniform
 from calm_kernels.ops.temperature_sampling import (
     batch_temperature_sample,
     exact_temperature_sample,
 )
 from calm_kernels.reference.philox import Stream
-
-if TYPE_CHECKING:
-    from calm_kernels.models.energy_transformer import EnergyTransformer
 
 SAMPLERS = ("batch", "exact")
 
@@ -37,7 +33,7 @@ class PatchSampler:
     """The patches that may follow, given one hidden state per sequence.
 
     Args:
-        model: whose head draws and whose autoencoder decodes.
+        drawer: of the model.
         hidden: [B, H].
         seed: of this step.
         num_candidates, max_draws, sampler: as of :func:`calm_kernels.models.generation.generate`.
@@ -45,14 +41,14 @@ class PatchSampler:
 
     def __init__(
         self,
-        model: EnergyTransformer,
+        drawer: Drawer,
         hidden: Tensor,
         seed: int,
         num_candidates: int,
         max_draws: int,
         sampler: str,
     ) -> None:
-        self._model = model
+        self._drawer = drawer
         self._hidden = hidden
         self._seed = seed
         self.num_candidates = num_candidates
@@ -65,10 +61,10 @@ class PatchSampler:
         A draw depends on the seed, its sequence and its number, on nothing else.
         """
         rows = noise_rows(sequences, first, count)
-        width = self._model.mlp_generator.noise_size
+        width = self._drawer.noise_size
         noise = philox_uniform(self._seed, rows, width, Stream.HEAD_NOISE) - 0.5
         noise = noise.reshape(count, len(sequences), width)
-        return draw_patches(self._model, self._hidden[sequences], noise).transpose(0, 1)
+        return self._drawer.patches(self._hidden[sequences], noise).transpose(0, 1)
 
     def sample(
         self, sequences: list[int], temperatures: Tensor, beginnings: list[list[int]]
@@ -189,7 +185,7 @@ class _MatchingDraws:
         self._sampler = sampler
         self.sequence = torch.tensor([sequence], device=device)
         self._beginning = torch.tensor(beginning, device=device)
-        self.found = self._beginning.new_empty((1, 0, sampler._model.config.patch_size))
+        self.found = self._beginning.new_empty((1, 0, sampler._drawer.decoder.patch_size))
         """Matching draws so far, [1, n, K]."""
         self.num_drawn = 0
 

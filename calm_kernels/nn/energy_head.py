@@ -150,4 +150,4 @@ class EnergyHead(nn.Module):
         for block in self.mlp_blocks:
             e = block(e, condition)
         latents: Tensor = self.final_layer(e)
-        return latents.transpose(0, 1).reshape(num_samples, *positions, -1)
+        return latents.transpose(0, 1).reshape(num_samples, *positions, latents.shape[-1])

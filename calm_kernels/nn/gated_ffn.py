@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from calm_kernels.ops.gated_ffn import gated_ffn
 
 
-class _Projections(nn.Module):
+class Projections(nn.Module):
     """Holds the three matrices under the names that checkpoints use."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
@@ -31,7 +31,7 @@ class GatedFFN(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.mlp = _Projections(hidden_size, intermediate_size)
+        self.mlp = Projections(hidden_size, intermediate_size)
         self.layernorm = nn.RMSNorm(hidden_size, eps=eps)
         self.eps = eps
 

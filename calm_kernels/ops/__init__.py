@@ -1,6 +1,7 @@
 """The operators: contract, checks, dispatch. Importing this package defines their schemas."""
 
 from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
+from calm_kernels.ops.decoder_step import DecoderLayerWeights, decoder_step
 from calm_kernels.ops.energy_head import energy_head_block
 from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
 from calm_kernels.ops.gated_ffn import gated_ffn
@@ -20,17 +21,21 @@ from calm_kernels.ops.patch_codec import (
 )
 from calm_kernels.ops.random import philox_normal, philox_uniform
 from calm_kernels.ops.rms_norm import rms_norm
+from calm_kernels.ops.row_layers import RowLayers
 from calm_kernels.ops.temperature_sampling import (
     batch_temperature_sample,
     exact_temperature_sample,
 )
 
 __all__ = [
+    "DecoderLayerWeights",
     "LinearCrossEntropyInfo",
+    "RowLayers",
     "batch_temperature_sample",
     "brier_lm",
     "brier_rates",
     "brier_scores",
+    "decoder_step",
     "embed_flatten",
     "energy_head_block",
     "energy_score",

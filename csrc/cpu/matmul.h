@@ -96,7 +96,6 @@ class ReusedMemory {
  public:
   T* at_least(int64_t count) {
     if (count > count_) {
-      memory_.reset();
       memory_.emplace(count);
       count_ = count;
     }

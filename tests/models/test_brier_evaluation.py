@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from calm_kernels.models import AutoregressiveBaseline, BrierScores, EnergyTransformer
 from calm_kernels.models.brier import chain_scores, select
-from calm_kernels.models.draws import draw_patches
+from calm_kernels.models.draws import Drawer
 from calm_kernels.models.rollout import Rollout
 from calm_kernels.models.sequences import seed_of_step
 from calm_kernels.ops.brier import brier_scores
@@ -155,7 +155,7 @@ def test_large_patches_are_scored_by_their_first_four_tokens(
     with torch.no_grad():
         hidden = model.hidden_states(patches)[:, :-1].reshape(9, -1)
         noise = model.mlp_generator.draw_noise(9, 5, hidden.device, seed_of_step(11, 0))
-        draws = draw_patches(model, hidden, noise)
+        draws = Drawer(model, 45).patches(hidden, noise)
     expected = brier_scores(draws, patches[:, 1:].reshape(9, patch_size))
     torch.testing.assert_close(result.scores, expected)
     starts = [[row, patch * patch_size] for row in range(3) for patch in (1, 2, 3)]

@@ -22,7 +22,7 @@ from calm_kernels.models import (
     flops,
 )
 from calm_kernels.models.configuration import as_plain_dict
-from calm_kernels.models.draws import draw_patches
+from calm_kernels.models.draws import Drawer
 
 MakeModel = Callable[..., EnergyTransformer]
 ODD: dict[str, Any] = {
@@ -156,9 +156,10 @@ def test_a_generated_patch_of_calm_is_counted(
     cache = DynamicCache(config=model.config)
     model.hidden_states(patches[:, :5], cache=cache)
     noise = torch.rand(9, 1, model.mlp_generator.noise_size) - 0.5
+    drawer = Drawer(model, 9)
 
     def step() -> Tensor:
-        return draw_patches(model, model.hidden_states(patches[:, 5:], cache=cache)[:, 0], noise)
+        return drawer.patches(model.hidden_states(patches[:, 5:], cache=cache)[:, 0], noise)
 
     expected = flops.per_token(model.config, 6 * patch_size, num_candidates=9)
     assert measured(step) == pytest.approx(patch_size * expected, rel=1e-12)

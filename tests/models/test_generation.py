@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from calm_kernels.models import EnergyTransformer
+from calm_kernels.models.draws import Drawer
 from calm_kernels.models.patch_sampler import PatchSampler
 from calm_kernels.models.sequences import seed_of_step
 
@@ -28,7 +29,7 @@ def next_patches(model: EnergyTransformer, context: list[int], count: int) -> Te
     patches = torch.tensor([context]).unflatten(1, (-1, model.config.patch_size))
     with torch.no_grad():
         hidden = model.hidden_states(patches)[:, -1]
-        sampler = PatchSampler(model, hidden, 12345, 1, 1, "batch")
+        sampler = PatchSampler(Drawer(model, count), hidden, 12345, 1, 1, "batch")
         return sampler.draw(torch.tensor([0]), 0, count)[0]
 
 
@@ -61,7 +62,9 @@ def test_cached_generation_equals_running_the_whole_sequence_again(
     with torch.no_grad():
         for step in range(4):
             hidden = model.hidden_states(torch.tensor([tokens]).unflatten(1, (-1, 4)))[:, -1]
-            sampler = PatchSampler(model, hidden, seed_of_step(9, step), 30, 30, "batch")
+            sampler = PatchSampler(
+                Drawer(model, 30), hidden, seed_of_step(9, step), 30, 30, "batch"
+            )
             choice = sampler.sample([0], torch.tensor([0.5], dtype=torch.float64), [[]])
             tokens = tokens + choice[0].tokens
     assert output.sequences[0].tolist() == tokens

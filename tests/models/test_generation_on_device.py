@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from calm_kernels.models import EnergyTransformer, cached_backbone, device_steps, generation
+from calm_kernels.models import EnergyTransformer, cached_backbone, generation
 from calm_kernels.models.cached_backbone import DynamicBackbone, StaticBackbone, why_not_static
 from calm_kernels.models.device_steps import DeviceSteps
+from calm_kernels.models.draws import Drawer
 from calm_kernels.models.sequences import GenerationOutput
 
 MakeModel = Callable[..., EnergyTransformer]
@@ -139,10 +140,11 @@ def test_memory_that_moves_as_sequences_grow_keeps_the_tokens(
     ids=str,
 )
 @pytest.mark.parametrize("lengths", [[16, 16], [8, 20, 4]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_static_backbone_gives_the_hidden_states_of_transformers(
-    make_model: MakeModel, settings: dict[str, Any], lengths: list[int]
+    make_model: MakeModel, settings: dict[str, Any], lengths: list[int], dtype: torch.dtype
 ) -> None:
-    model = make_model(4, **settings).double()
+    model = make_model(4, **settings).to(dtype)
     assert why_not_static(model) is None
     contexts = prompts_of(lengths, 1)
     patches = torch.randint(0, 22, (70, len(lengths), 4))
@@ -192,13 +194,13 @@ def test_ended_sequences_leave_the_batch(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    draw_patches = device_steps.draw_patches
+    patches = Drawer.patches
 
-    def counted(model: Any, hidden: Any, noise: Any) -> Any:
+    def counted(drawer: Drawer, hidden: Any, noise: Any) -> Any:
         sizes.append(len(hidden))
-        return draw_patches(model, hidden, noise)
+        return patches(drawer, hidden, noise)
 
-    monkeypatch.setattr(device_steps, "draw_patches", counted)
+    monkeypatch.setattr(Drawer, "patches", counted)
     model = make_model(4, eos_token_id=[3, 8]).double()
     output = model.generate(prompts_of([8] * 6, 0), max_new_tokens=60, seed=1)
     assert output.finished.any()

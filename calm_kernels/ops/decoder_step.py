@@ -1,0 +1,168 @@
+"""One new position of each sequence through a Llama decoder layer, keys and values cached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm_kernels import _checks
+from calm_kernels._dispatch import current_backend, define
+from calm_kernels.reference import decoder_step as reference
+
+_FLOAT32 = (torch.float32,)
+_NAMES = ("norm", "query", "key", "value", "out", "post_norm", "gate", "up", "down")
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_decoder_step = define(
+    "decoder_step",
+    "(Tensor x, Tensor norm_weight, Tensor query_weight, Tensor key_weight, Tensor value_weight, "
+    "Tensor out_weight, Tensor post_norm_weight, Tensor gate_weight, Tensor up_weight, "
+    "Tensor down_weight, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor filling, "
+    "Tensor cos, Tensor sin, float eps, float post_eps, float scale) -> Tensor",
+    reference=reference.decoder_step,
+    fake=_fake,
+)
+
+
+@dataclass(frozen=True)
+class DecoderLayerWeights:
+    """Weights of a Llama decoder layer without biases, float32.
+
+    Args:
+        norm, post_norm: [H], of the RMSNorms before attention and before the feed-forward block.
+        query: [heads * width, H]. key, value: [key_heads * width, H].
+        out: [H, heads * width].
+        gate, up: [I, H]. down: [H, I].
+        eps, post_eps: of the two norms.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: wrong shape.
+    """
+
+    norm: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    post_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    eps: float
+    post_eps: float
+
+    def __post_init__(self) -> None:
+        _checks.tensor("gate", self.gate, _FLOAT32, ("I", "H"))
+        size, hidden_size = self.gate.shape
+        _checks.tensor("query", self.query, _FLOAT32, ("heads*width", hidden_size))
+        _checks.tensor("key", self.key, _FLOAT32, ("key_heads*width", hidden_size))
+        _checks.tensor("value", self.value, _FLOAT32, tuple(self.key.shape))
+        _checks.tensor("out", self.out, _FLOAT32, (hidden_size, self.query.shape[0]))
+        _checks.tensor("up", self.up, _FLOAT32, (size, hidden_size))
+        _checks.tensor("down", self.down, _FLOAT32, (hidden_size, size))
+        for name in ("norm", "post_norm"):
+            _checks.tensor(name, getattr(self, name), _FLOAT32, (hidden_size,))
+        for name, weight in zip(_NAMES, self.tensors, strict=True):
+            # The kernel reads rows one after the other.
+            object.__setattr__(self, name, weight.detach().contiguous())
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights in the operator's order."""
+        return tuple(getattr(self, name) for name in _NAMES)
+
+
+def why_not_decoder_step(weights: Iterable[Tensor]) -> str | None:
+    """Why :func:`decoder_step` is not the fast way for such weights; None if it is."""
+    for weight in weights:
+        if weight.dtype != torch.float32:
+            return f"weights are {weight.dtype}, not float32"
+        if (problem := _decoder_step.why_not("native", weight.device.type)) is not None:
+            return problem
+    if current_backend() not in ("auto", "native"):
+        return f"backend {current_backend()!r} is forced"
+    return None
+
+
+def decoder_step(
+    x: Tensor,
+    weights: DecoderLayerWeights,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    filling: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    *,
+    scale: float,
+) -> Tensor:
+    """Run a Llama decoder layer on one new position of each sequence. No gradient.
+
+    Args:
+        x: float32 [B, H].
+        weights: of the layer.
+        keys, values: float32 [B, key_heads, capacity, width], contiguous; slot ``position`` is
+            written.
+        position: int64 [1], the slot of the new position, in [0, capacity).
+        filling: int64 [B], the slot of each sequence's first position, at most ``position``.
+        rotary: cosines and sines [capacity, width] by a position's distance from the first; the
+            first half of the sines negated.
+        scale: of the products of queries and keys.
+
+    Returns:
+        [B, H]
+
+    Raises:
+        TypeError: wrong dtype. ValueError: wrong shape, a slot out of range (CPU tensors).
+
+    Source: transformers' LlamaDecoderLayer; head h of the queries reads key head
+    h // (heads / key_heads).
+    """
+    _checks.tensor("x", x, _FLOAT32, ("B", weights.norm.shape[0]))
+    batch = x.shape[0]
+    _checks.tensor("keys", keys, _FLOAT32, (batch, "key_heads", "capacity", "width"))
+    _checks.tensor("values", values, _FLOAT32, tuple(keys.shape))
+    key_heads, capacity, width = keys.shape[1:]
+    if weights.key.shape[0] != key_heads * width or weights.query.shape[0] % (key_heads * width):
+        raise ValueError(
+            f"keys: expected key_heads * width = {weights.key.shape[0]}, a divisor of the queries' "
+            f"{weights.query.shape[0]}; got {key_heads} * {width}"
+        )
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys, values: expected contiguous memory; call .contiguous()")
+    integers = (torch.int64,)
+    _checks.tensor("position", position, integers, (1,))
+    _checks.tensor("filling", filling, integers, (batch,))
+    cos, sin = rotary
+    for table in rotary:
+        _checks.tensor("rotary", table, _FLOAT32, (capacity, width))
+    device = _checks.same_device(x=x, keys=keys, values=values, position=position, filling=filling)
+    if device.type == "cpu" and batch:
+        at, first, last = int(position), int(filling.min()), int(filling.max())
+        if not 0 <= first <= last <= at < capacity:
+            raise ValueError(
+                f"position: expected 0 <= filling <= position < {capacity}; got filling in "
+                f"[{first}, {last}], position {at}"
+            )
+    result: Tensor = _decoder_step(
+        device,
+        x,
+        *weights.tensors,
+        keys,
+        values,
+        position,
+        filling,
+        cos.contiguous(),
+        sin.contiguous(),
+        weights.eps,
+        weights.post_eps,
+        scale,
+    )
+    return result

@@ -1,0 +1,262 @@
+// One new position of each sequence through a Llama decoder layer, float32, keys and values cached:
+// y = x + Wo attention(norm(x)), out = y + Wd (silu(Wg norm(y)) * (Wu norm(y))).
+//
+// A few rows meet each weight once, so reading the weights is the work, and starting threads and
+// operators is what costs beside it: four passes over the pool a layer, in each of which a thread
+// goes from a norm that it computes itself to its share of the outputs. In the first a thread takes
+// whole key heads, from their projections through rotation and cache to what the queries see.
+//
+// Work: 2 operations a weight and row, 4 a cached number and query row. Fewest bytes: all weights
+// of the layer and the cached keys and values, read once.
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "cpu/gated_ffn_rows.h"
+#include "cpu/lane_rows.h"
+#include "cpu/multiversion.h"
+#include "cpu/registration.h"
+
+namespace calm {
+namespace {
+
+typedef Vector<float> Lanes16;
+constexpr int kLanes = 16;
+
+// Rows [num_rows, size], dense.
+struct DenseRows {
+  const float* data;
+  int64_t num_rows;
+  int64_t size;
+};
+
+// Some outputs of a linear layer for all rows: weight [count, size], to[row * stride + output].
+struct Outputs {
+  const float* weight;
+  int64_t count;
+  float* to;
+  int64_t stride;
+};
+
+// sums[o][r] = weight row o times row r
+template <int kOutputs, int kRows>
+CALM_INLINE void multiply_block(const float* weight, const DenseRows& x, int64_t row, float* to,
+                                int64_t stride) {
+  Lanes16 sums[kOutputs][kRows]{};
+  const int64_t size = x.size;
+  for_lanes<float>(size, [&](int64_t k, auto count) __attribute__((always_inline)) {
+    Lanes16 right[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      right[r] = load_lanes<float>(x.data + (row + r) * size + k, count);
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) {
+      const Lanes16 left = load_lanes<float>(weight + o * size + k, count);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sums[o][r] += left * right[r];
+    }
+  });
+  for (int o = 0; o < kOutputs; ++o) {
+    for (int r = 0; r < kRows; ++r) to[(row + r) * stride + o] = sum_lanes<float>(sums[o][r]);
+  }
+}
+
+template <int kOutputs>
+CALM_INLINE void multiply_outputs(const float* weight, const DenseRows& x, float* to,
+                                  int64_t stride) {
+  int64_t row = 0;
+  for (; row + 4 <= x.num_rows; row += 4) multiply_block<kOutputs, 4>(weight, x, row, to, stride);
+  for (; row + 2 <= x.num_rows; row += 2) multiply_block<kOutputs, 2>(weight, x, row, to, stride);
+  if (row < x.num_rows) multiply_block<kOutputs, 1>(weight, x, row, to, stride);
+}
+
+CALM_MULTIVERSION void multiply(const DenseRows& x, const Outputs& outputs) {
+  constexpr int kAtOnce = 4;
+  int64_t o = 0;
+  for (; o + kAtOnce <= outputs.count; o += kAtOnce) {
+    multiply_outputs<kAtOnce>(outputs.weight + o * x.size, x, outputs.to + o, outputs.stride);
+  }
+  for (; o < outputs.count; ++o) {
+    multiply_outputs<1>(outputs.weight + o * x.size, x, outputs.to + o, outputs.stride);
+  }
+}
+
+// Rotary embedding of one head: (x, y) of each pair of halves turned by its angle.
+void rotate(float* head, const float* cos, const float* sin, int64_t width) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = head[i];
+    const float high = head[i + half];
+    head[i] = low * cos[i] + high * sin[i];
+    head[i + half] = high * cos[i + half] + low * sin[i + half];
+  }
+}
+
+// What one query sees: softmax(scale * keys query) values, over `count` positions of `width`.
+struct Query {
+  const float* query;
+  const float* keys;
+  const float* values;
+  float* seen;
+  float* weights;  // [count], working memory
+  int64_t count;
+  int64_t width;
+  float scale;
+};
+
+CALM_MULTIVERSION void attend(const Query& q) {
+  float largest = -std::numeric_limits<float>::infinity();
+  for (int64_t j = 0; j < q.count; ++j) {
+    Lanes16 sum{};
+    for_lanes<float>(q.width, [&](int64_t i, auto count) __attribute__((always_inline)) {
+      sum += load_lanes<float>(q.query + i, count) *
+             load_lanes<float>(q.keys + j * q.width + i, count);
+    });
+    q.weights[j] = sum_lanes<float>(sum) * q.scale;
+    largest = std::max(largest, q.weights[j]);
+  }
+  float total = 0.0f;
+  for_lanes<float>(q.count, [&](int64_t j, auto count) __attribute__((always_inline)) {
+    const Lanes16 weights = exponential_lanes(load_lanes<float>(q.weights + j, count) - largest);
+    store_lanes<float>(q.weights + j, weights, count);
+    for (int i = 0; i < count; ++i) total += weights[i];
+  });
+  const float inverse = 1.0f / total;
+  for_lanes<float>(q.width, [&](int64_t i, auto count) __attribute__((always_inline)) {
+    Lanes16 sum{};
+    for (int64_t j = 0; j < q.count; ++j) {
+      sum += q.weights[j] * load_lanes<float>(q.values + j * q.width + i, count);
+    }
+    store_lanes<float>(q.seen + i, sum * inverse, count);
+  });
+}
+
+// product = silu(product) * up, of some outputs of all rows
+CALM_MULTIVERSION void gate(float* product, const float* up, int64_t num_rows, int64_t stride,
+                            int64_t count) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    float* const row = product + r * stride;
+    for_lanes<float>(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      const Lanes16 v = load_lanes<float>(row + i, lanes);
+      const Lanes16 factor = load_lanes<float>(up + r * stride + i, lanes);
+      store_lanes<float>(row + i, v / (1.0f + exponential_lanes(-v)) * factor, lanes);
+    });
+  }
+}
+
+// function(first, count) for shares of [0, size), one a thread, in whole vectors.
+template <typename Function>
+void for_shares(int64_t size, const Function& function) {
+  const int64_t vectors = (size + kLanes - 1) / kLanes;
+  torch::stable::parallel_for(0, vectors, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLanes;
+    function(first, std::min(end * kLanes, size) - first);
+  });
+}
+
+const float* data_of(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
+
+// The RMSNorm of all rows, in this thread's own memory.
+DenseRows normed(const float* x, const Tensor& weight, double eps, int64_t num_rows,
+                 std::vector<float>& memory) {
+  const int64_t size = weight.size(0);
+  memory.resize(static_cast<size_t>(num_rows * (size + 1)));
+  float* const rstd = memory.data() + num_rows * size;
+  rms_norm<float>(RmsNormRows<float>{x, data_of(weight), memory.data(), rstd, num_rows, size, eps});
+  return {memory.data(), num_rows, size};
+}
+
+// to = x + weight rows, by shares of the outputs.
+void add_product(const DenseRows& rows, const Tensor& weight, const float* x, float* to) {
+  const int64_t size = weight.size(0);
+  for_shares(size, [&](int64_t first, int64_t count) {
+    multiply(rows, {data_of(weight) + first * rows.size, count, to + first, size});
+    for (int64_t r = 0; r < rows.num_rows; ++r) {
+      for (int64_t i = first; i < first + count; ++i) to[r * size + i] += x[r * size + i];
+    }
+  });
+}
+
+Tensor decoder_step(const Tensor& x_in, const Tensor& norm, const Tensor& query, const Tensor& key,
+                    const Tensor& value, const Tensor& out_weight, const Tensor& post_norm,
+                    const Tensor& gate_weight, const Tensor& up, const Tensor& down, Tensor keys,
+                    Tensor values, const Tensor& position, const Tensor& filling, const Tensor& cos,
+                    const Tensor& sin, double eps, double post_eps, double scale) {
+  const Tensor x = torch::stable::contiguous(x_in);
+  const int64_t batch = x.size(0);
+  const int64_t hidden_size = x.size(1);
+  Tensor out = torch::stable::new_empty(x, {batch, hidden_size});
+  if (batch == 0) return out;
+  const int64_t key_heads = keys.size(1);
+  const int64_t capacity = keys.size(2);
+  const int64_t width = keys.size(3);
+  const int64_t group = query.size(0) / (key_heads * width);
+  const int64_t seen_size = query.size(0);
+  const int64_t at = *position.const_data_ptr<int64_t>();
+  const int64_t* const filled = filling.const_data_ptr<int64_t>();
+  const float* const in = data_of(x);
+  std::vector<float> seen(static_cast<size_t>(batch * seen_size));
+
+  torch::stable::parallel_for(0, key_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory;
+    const DenseRows rows = normed(in, norm, eps, batch, memory);
+    const int64_t query_size = group * width;
+    const int64_t stride = query_size + 2 * width;
+    std::vector<float> heads(static_cast<size_t>(batch * stride));
+    std::vector<float> weights(static_cast<size_t>(at + 1));
+    for (int64_t h = begin; h < end; ++h) {
+      float* const queries = heads.data();
+      float* const new_key = queries + query_size;
+      float* const new_value = new_key + width;
+      multiply(rows, {data_of(query) + h * query_size * hidden_size, query_size, queries, stride});
+      multiply(rows, {data_of(key) + h * width * hidden_size, width, new_key, stride});
+      multiply(rows, {data_of(value) + h * width * hidden_size, width, new_value, stride});
+      for (int64_t b = 0; b < batch; ++b) {
+        const int64_t place = at - filled[b];
+        const float* const cos_row = data_of(cos) + place * width;
+        const float* const sin_row = data_of(sin) + place * width;
+        float* const of_head =
+            keys.mutable_data_ptr<float>() + (b * key_heads + h) * capacity * width;
+        float* const values_of_head =
+            values.mutable_data_ptr<float>() + (b * key_heads + h) * capacity * width;
+        rotate(new_key + b * stride, cos_row, sin_row, width);
+        std::copy_n(new_key + b * stride, width, of_head + at * width);
+        std::copy_n(new_value + b * stride, width, values_of_head + at * width);
+        for (int64_t g = 0; g < group; ++g) {
+          float* const q = queries + b * stride + g * width;
+          rotate(q, cos_row, sin_row, width);
+          attend({q, of_head + filled[b] * width, values_of_head + filled[b] * width,
+                  seen.data() + b * seen_size + (h * group + g) * width, weights.data(), place + 1,
+                  width, static_cast<float>(scale)});
+        }
+      }
+    }
+  });
+
+  float* const result = out.mutable_data_ptr<float>();
+  std::vector<float> middle(static_cast<size_t>(batch * hidden_size));
+  add_product({seen.data(), batch, seen_size}, out_weight, in, middle.data());
+
+  const int64_t size = gate_weight.size(0);
+  std::vector<float> product(static_cast<size_t>(2 * batch * size));
+  for_shares(size, [&](int64_t first, int64_t count) {
+    std::vector<float> memory;
+    const DenseRows rows = normed(middle.data(), post_norm, post_eps, batch, memory);
+    float* const gates = product.data() + first;
+    float* const ups = gates + batch * size;
+    multiply(rows, {data_of(gate_weight) + first * hidden_size, count, gates, size});
+    multiply(rows, {data_of(up) + first * hidden_size, count, ups, size});
+    gate(gates, ups, batch, size, count);
+  });
+  add_product({product.data(), batch, size}, down, middle.data(), result);
+  return out;
+}
+
+}  // namespace
+}  // namespace calm
+
+STABLE_TORCH_LIBRARY_IMPL(calm_kernels, CPU, m) {
+  m.impl("decoder_step", TORCH_BOX(&calm::decoder_step));
+}
