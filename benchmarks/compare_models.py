@@ -159,7 +159,7 @@ class BlackBox:
         self._baseline = baseline
         self.config, self.device = baseline.config, baseline.device
         self.mlp_generator = self
-        self.ae_model = SimpleNamespace(decode=lambda tokens: tokens)
+        self.ae_model = SimpleNamespace(decoder=SimpleNamespace(decode=lambda tokens: tokens))
 
     def hidden_states(self, patches: Tensor, *arguments: Any, **settings: Any) -> Tensor:
         """Of patches [B, n, 1], as the language model's."""

@@ -40,13 +40,12 @@ class Drawer:
     def __init__(self, model: EnergyTransformer, num_draws: int) -> None:
         self.head: Head | PackedEnergyHead = model.mlp_generator
         self.decoder: PatchDecoder | PackedDecoder = model.ae_model.decoder
-        device = model.ae_model.decoder.lm_head_weight.device
-        if num_draws < _WORTH_PACKING or torch.is_autocast_enabled(device.type):
+        if num_draws < _WORTH_PACKING or torch.is_autocast_enabled(model.device.type):
             return
         if isinstance(self.head, EnergyHead) and why_not_packed(self.head) is None:
             self.head = PackedEnergyHead(self.head)
-        if why_not_packed(model.ae_model.decoder) is None:
-            self.decoder = PackedDecoder(model.ae_model.decoder)
+        if isinstance(self.decoder, PatchDecoder) and why_not_packed(self.decoder) is None:
+            self.decoder = PackedDecoder(self.decoder)
 
     @property
     def noise_size(self) -> int:
