@@ -12,6 +12,7 @@
 // forward keeps for the backward, 4 H numbers a row, written and read once.
 
 #include <algorithm>
+#include <cstddef>
 #include <utility>
 #include <vector>
 
@@ -23,6 +24,7 @@
 #include "cpu/large_pages.h"
 #include "cpu/matmul_into.h"
 #include "cpu/registration.h"
+#include "cpu/workspace.h"
 
 namespace calm {
 namespace {
@@ -59,17 +61,31 @@ void for_row_tasks(int64_t num_rows, const Function& function) {
   });
 }
 
-// A right operand with memory of its own.
-class Operand {
- public:
-  Operand(const Tensor& matrix, int64_t left_rows) : right_(matrix, left_rows, packed_) {}
-  Operand(const Operand&) = delete;
-  Operand& operator=(const Operand&) = delete;
-  operator const RightOperand&() const { return right_; }
+// What a thread keeps from call to call: activations and gradients of a block of rows, operands in
+// packed order.
+struct Memory {
+  ReusedMemory<std::byte> normed;
+  ReusedMemory<std::byte> product;
+  ReusedMemory<std::byte> first;
+  ReusedMemory<std::byte> second;
+  ReusedMemory<std::byte> gate_up;
+  ReusedMemory<std::byte> shared;
+  ReusedMemory<std::byte> statistics;
+  ReusedMemory<std::byte> partial;
+  ReusedMemory<float> left;
+  PackedRight of_condition;
+  PackedRight of_sample;
+  PackedRight mid;
+  PackedRight out;
+  PackedRight down;
+  PackedRight activations;
 
- private:
-  PackedRight packed_;
-  RightOperand right_;
+  int64_t bytes() const {
+    return normed.bytes() + product.bytes() + first.bytes() + second.bytes() + gate_up.bytes() +
+           shared.bytes() + statistics.bytes() + partial.bytes() + left.bytes() +
+           of_condition.bytes() + of_sample.bytes() + mid.bytes() + out.bytes() + down.bytes() +
+           activations.bytes();
+  }
 };
 
 struct Weights {
@@ -119,21 +135,23 @@ void forward(const Tensor& e, const Tensor& condition, int64_t num_samples, cons
   const bool keeps = kept.first.size(0) == num_rows;
   const int64_t block = std::min(num_rows, block_rows(num_rows, num_samples));
   // One buffer for what a matmul reads: normed, both activations and the product in turn.
-  Tensor operand = torch::stable::new_empty(e, {block, size});
-  Tensor passing = torch::stable::new_empty(e, {keeps ? 0 : block, 2 * size});
-  Tensor narrow_passing = torch::stable::new_empty(e, {keeps ? 0 : block, size});
-  Tensor statistics = torch::stable::new_empty(e, {2, block}, compute_type(e));
+  Workspace<Memory> memory;
+  Tensor operand = memory.matrix(memory->normed, e, block, size);
+  Tensor passing = memory.matrix(memory->gate_up, e, keeps ? 0 : block, 2 * size);
+  Tensor narrow_passing = memory.matrix(memory->first, e, keeps ? 0 : block, size);
+  Tensor statistics = memory.matrix_of<T>(memory->statistics, 2, block);
   T* const mean = row_of<T>(statistics, 0);
   T* const rstd = row_of<T>(statistics, 1);
-  Tensor shared = torch::stable::new_empty(e, {condition.size(0), size});
   const int64_t num_positions = condition.size(0);
-  ReusedMemory<float> left;
-  multiply_onto_row(shared, weights.in_bias, condition,
-                    Operand(transposed(weights.of_condition()), num_positions), left);
-  const Operand of_sample(transposed(weights.of_sample()), num_rows);
-  const Operand mid(transposed(weights.mid), num_rows);
-  const Operand out_weight(transposed(weights.out), num_rows);
-  const Operand down(transposed(weights.down), num_rows);
+  Tensor shared = memory.matrix(memory->shared, e, num_positions, size);
+  ReusedMemory<float>& left = memory->left;
+  const RightOperand of_condition(transposed(weights.of_condition()), num_positions,
+                                  memory->of_condition);
+  multiply_onto_row(shared, weights.in_bias, condition, of_condition, left);
+  const RightOperand of_sample(transposed(weights.of_sample()), num_rows, memory->of_sample);
+  const RightOperand mid(transposed(weights.mid), num_rows, memory->mid);
+  const RightOperand out_weight(transposed(weights.out), num_rows, memory->out);
+  const RightOperand down(transposed(weights.down), num_rows, memory->down);
   const S* shared_rows = shared.const_data_ptr<S>();
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
@@ -194,23 +212,24 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
   const bool accumulates = compute_type(e) == e.scalar_type();
   const int64_t block = std::min(
       num_rows, weight_grads && !accumulates ? num_rows : block_rows(num_rows, num_samples));
-  Tensor normed = torch::stable::new_empty(e, {block, size});
-  Tensor product = torch::stable::new_empty(e, {block, size});
-  Tensor grad_second = torch::stable::new_empty(e, {block, size});
-  Tensor grad_first = torch::stable::new_empty(e, {block, size});
-  Tensor grad_gate_up = torch::stable::new_empty(e, {block, 2 * size});
-  Tensor statistics = torch::stable::new_empty(e, {2, block}, compute_type(e));
+  Workspace<Memory> memory;
+  Tensor normed = memory.matrix(memory->normed, e, block, size);
+  Tensor product = memory.matrix(memory->product, e, block, size);
+  Tensor grad_second = memory.matrix(memory->second, e, block, size);
+  Tensor grad_first = memory.matrix(memory->first, e, block, size);
+  Tensor grad_gate_up = memory.matrix(memory->gate_up, e, block, 2 * size);
+  Tensor statistics = memory.matrix_of<T>(memory->statistics, 2, block);
   T* const mean = row_of<T>(statistics, 0);
   T* const rstd = row_of<T>(statistics, 1);
-  Tensor grad_shared = torch::stable::new_empty(e, {condition.size(0), size});
+  Tensor grad_shared = memory.matrix(memory->shared, e, condition.size(0), size);
   const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
-  Tensor partial = torch::stable::new_zeros(e, {num_tasks, kSums * size}, compute_type(e));
-  ReusedMemory<float> left;
-  PackedRight activations;
-  const Operand down(weights.down, num_rows);
-  const Operand out_weight(weights.out, num_rows);
-  const Operand mid(weights.mid, num_rows);
-  const Operand of_sample(weights.of_sample(), num_rows);
+  Tensor partial = memory.matrix_of<T>(memory->partial, num_tasks, kSums * size);
+  std::fill_n(row_of<T>(partial, 0), partial.numel(), T(0));
+  ReusedMemory<float>& left = memory->left;
+  const RightOperand down(weights.down, num_rows, memory->down);
+  const RightOperand out_weight(weights.out, num_rows, memory->out);
+  const RightOperand mid(weights.mid, num_rows, memory->mid);
+  const RightOperand of_sample(weights.of_sample(), num_rows, memory->of_sample);
   const auto sums = [&](int64_t first, Sum which) {
     return row_of<T>(partial, first / kTaskRows) + which * size;
   };
@@ -218,7 +237,7 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
     const int64_t count = std::min(block, num_rows - start);
     const auto accumulate = [&](Tensor sum, const Tensor& a, const Tensor& b) {
       if (!weight_grads) return;
-      const RightOperand right(b, size, activations);
+      const RightOperand right(b, size, memory->activations);
       if (start == 0) {
         multiply(sum, transposed(a), right, left);
       } else {
@@ -278,11 +297,11 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
           sums(first, kNorm), sums(first, kNormBias), sums(first, kDownBias), n, size});
     });
   }
-  multiply(gradients.condition, grad_shared, Operand(weights.of_condition(), condition.size(0)),
-           left);
+  const RightOperand of_condition(weights.of_condition(), condition.size(0), memory->of_condition);
+  multiply(gradients.condition, grad_shared, of_condition, left);
   if (!weight_grads) return;
   multiply(columns(gradients.weights.in, size, size), transposed(grad_shared),
-           Operand(condition, size), left);
+           RightOperand(condition, size, memory->activations), left);
   const auto finish = [&](Tensor& sum, Sum which) {
     S* values = sum.mutable_data_ptr<S>();
     for (int64_t h = 0; h < sum.size(0); ++h) {

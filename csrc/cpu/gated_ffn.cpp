@@ -23,6 +23,7 @@
 #include "cpu/large_pages.h"
 #include "cpu/matmul_into.h"
 #include "cpu/registration.h"
+#include "cpu/workspace.h"
 
 namespace calm {
 namespace {
@@ -75,7 +76,7 @@ void for_row_tasks(int64_t num_rows, const Function& function) {
   });
 }
 
-// What a thread keeps from call to call: fresh pages cost a tenth of a call's time.
+// What a thread keeps from call to call.
 struct Memory {
   ReusedMemory<std::byte> normed;
   ReusedMemory<std::byte> product;
@@ -92,31 +93,6 @@ struct Memory {
            left.bytes() + gate_weight.bytes() + up_weight.bytes() + down_weight.bytes() +
            activations.bytes();
   }
-};
-
-// The calling thread's memory, for the time of one call. More than 64 MB of it are given back.
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() {
-    if (memory_.bytes() > kMostKeptBytes) memory_ = Memory();
-  }
-  Memory* operator->() { return &memory_; }
-
-  // A matrix in one part of it, of the dtype of `like`.
-  Tensor matrix(ReusedMemory<std::byte>& part, const Tensor& like, int64_t num_rows, int64_t size) {
-    const int64_t bytes = num_rows * size * static_cast<int64_t>(like.element_size());
-    return torch::stable::from_blob(
-        part.at_least(std::max<int64_t>(bytes, 1)), {num_rows, size}, {size, 1},
-        torch::stable::Device(torch::headeronly::DeviceType::CPU), like.scalar_type());
-  }
-
- private:
-  static constexpr int64_t kMostKeptBytes = int64_t{64} << 20;
-  inline static thread_local Memory thread_memory_;
-  Memory& memory_ = thread_memory_;
 };
 
 struct Weights {
@@ -137,7 +113,7 @@ void forward(const Tensor& x, const Weights& weights, double eps, Tensor& out, T
   const int64_t size = weights.size();
   const bool keeps = gate_up.size(0) == num_rows;
   const int64_t block = std::min(num_rows, block_rows());
-  Workspace memory;
+  Workspace<Memory> memory;
   Tensor normed = memory.matrix(memory->normed, x, block, hidden_size);
   Tensor product = memory.matrix(memory->product, x, block, size);
   Tensor passing = memory.matrix(memory->gate_up, x, keeps ? 0 : block, 2 * size);
@@ -182,7 +158,7 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
   const int64_t block =
       std::min(num_rows, weight_grads && !accumulates(x) ? num_rows : block_rows());
   const bool needs_normed = weight_grads || !kept;
-  Workspace memory;
+  Workspace<Memory> memory;
   Tensor normed = memory.matrix(memory->normed, x, needs_normed ? block : 0, hidden_size);
   Tensor product = memory.matrix(memory->product, x, block, size);
   Tensor grad_gate_up = memory.matrix(memory->grad_gate_up, x, block, 2 * size);
