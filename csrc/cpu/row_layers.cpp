@@ -4,10 +4,9 @@
 // A task takes a slab of rows through all layers, so that activations stay in its L2 and no thread
 // waits for another between layers: with a few hundred rows, waiting and packing cost a third of
 // the time of separate products. Weights come as panels of 32 outputs, [K, 32] each, read in order;
-// a panel is multiplied by all tiles of up to twelve rows while it is in L1 or L2. A tile's 12 x 32
-// sums are 24 registers; a step of the sum loads two registers and broadcasts twelve numbers, so it
-// is bound by its 24 multiply-adds. What follows the product (bias, SiLU, gate, residual) is done
-// on a tile that is still in L1. Every number is summed in one order, whatever the slabs.
+// a panel is multiplied by all tiles of up to twelve rows while it is in L1 or L2. What follows the
+// product (bias, SiLU, gate, residual) is done on a tile that is still in L1. Every number is
+// summed in one order, whatever the slabs.
 //
 // Work: 2 K N operations a row and layer. Fewest bytes: rows read and written, weights read once;
 // here once a slab.
@@ -22,12 +21,12 @@
 #include "cpu/matmul.h"
 #include "cpu/multiversion.h"
 #include "cpu/registration.h"
+#include "cpu/tile_product.h"
 
 namespace calm {
 namespace {
 
-constexpr int kTileRows = 12;
-constexpr int kPanel = 32;
+constexpr int kPanel = kTileColumns;
 constexpr int kHalf = kPanel / 2;
 // A slab's three buffers may take half of an L2 of 1 MB; the weights pass through the rest.
 constexpr int64_t kSlabBytes = int64_t{1} << 19;
@@ -62,73 +61,16 @@ typedef float Unaligned16 __attribute__((vector_size(64), aligned(4)));
 CALM_INLINE Lanes16 load(const float* from) { return *reinterpret_cast<const Unaligned16*>(from); }
 CALM_INLINE void store(float* to, const Lanes16& v) { *reinterpret_cast<Unaligned16*>(to) = v; }
 
-// tile [kRows, 32] = a [kRows, depth] times one panel, or added to it.
-template <int kRows>
-CALM_INLINE void add_step(const float* a, int64_t stride, const float* panel, int64_t depth,
-                          bool first, float* tile) {
-  Lanes16 sums[kRows][2];
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-    sums[i][0] = Lanes16{};
-    sums[i][1] = Lanes16{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    const Lanes16 left = load(panel + k * kPanel);
-    const Lanes16 right = load(panel + k * kPanel + kHalf);
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) {
-      const float factor = a[i * stride + k];
-      sums[i][0] += factor * left;
-      sums[i][1] += factor * right;
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-    float* const row = tile + i * kPanel;
-    store(row, first ? sums[i][0] : load(row) + sums[i][0]);
-    store(row + kHalf, first ? sums[i][1] : load(row + kHalf) + sums[i][1]);
-  }
-}
-
-// The same in steps of equal length: rounding grows with the length of a chain of additions.
-template <int kRows>
-CALM_INLINE void multiply_rows(const float* a, int64_t stride, const float* panel, int64_t depth,
-                               float* tile) {
+// tile = rows times one panel, in steps of equal length: rounding grows with the length of a chain
+// of additions.
+void multiply_panel(int64_t num_rows, const float* a, int64_t stride, const float* panel,
+                    int64_t depth, float* tile) {
   const int64_t num_steps = std::max<int64_t>(1, ceil_div(depth, kMaxStep));
   for (int64_t step = 0; step < num_steps; ++step) {
     const int64_t k = step * depth / num_steps;
     const int64_t end = (step + 1) * depth / num_steps;
-    add_step<kRows>(a + k, stride, panel + k * kPanel, end - k, step == 0, tile);
+    multiply_tile(num_rows, {a + k, stride, 1}, panel + k * kPanel, end - k, step != 0, tile);
   }
-}
-
-// One clone an instruction set: attributes do not reach the instances of a template.
-#define CALM_MULTIPLY_TILE(kRows)                                                                  \
-  CALM_MULTIVERSION void multiply_tile_##kRows(const float* a, int64_t stride, const float* panel, \
-                                               int64_t depth, float* tile) {                       \
-    multiply_rows<kRows>(a, stride, panel, depth, tile);                                           \
-  }
-CALM_MULTIPLY_TILE(1)
-CALM_MULTIPLY_TILE(2)
-CALM_MULTIPLY_TILE(3)
-CALM_MULTIPLY_TILE(4)
-CALM_MULTIPLY_TILE(5)
-CALM_MULTIPLY_TILE(6)
-CALM_MULTIPLY_TILE(7)
-CALM_MULTIPLY_TILE(8)
-CALM_MULTIPLY_TILE(9)
-CALM_MULTIPLY_TILE(10)
-CALM_MULTIPLY_TILE(11)
-CALM_MULTIPLY_TILE(12)
-
-void multiply_tile(int64_t num_rows, const float* a, int64_t stride, const float* panel,
-                   int64_t depth, float* tile) {
-  using Multiply = void (*)(const float*, int64_t, const float*, int64_t, float*);
-  static constexpr Multiply kOfRows[kTileRows] = {
-      multiply_tile_1, multiply_tile_2,  multiply_tile_3,  multiply_tile_4,
-      multiply_tile_5, multiply_tile_6,  multiply_tile_7,  multiply_tile_8,
-      multiply_tile_9, multiply_tile_10, multiply_tile_11, multiply_tile_12};
-  kOfRows[num_rows - 1](a, stride, panel, depth, tile);
 }
 
 CALM_INLINE Lanes16 silu(const Lanes16& v) { return v / (1.0f + exponential_lanes(-v)); }
@@ -211,7 +153,8 @@ struct Task {
         // Tiles of about equal height: a low one takes more time a row.
         const int64_t row = t * count / num_tiles;
         const int64_t height = (t + 1) * count / num_tiles - row;
-        multiply_tile(height, from.data + row * from.stride, from.stride, panel, layer.depth, tile);
+        multiply_panel(height, from.data + row * from.stride, from.stride, panel, layer.depth,
+                       tile);
         for (int64_t i = 0; i < height; ++i) {
           bias[i] = bias_of(layer, first + row + i) + j * kPanel;
         }
