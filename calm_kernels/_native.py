@@ -74,3 +74,9 @@ def serves(qualified_name: str, device_type: str) -> bool:
         return False
     key = device_type.upper()
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified_name, key))
+
+
+def why_not_avx512() -> str | None:
+    """Why CPU kernels that pay on AVX-512 alone do not; None if they do."""
+    has_it = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return None if has_it else "the CPU has no AVX-512"

@@ -37,6 +37,7 @@ OPERATIONS = (
     "patch_codec",
     "random",
     "rms_norm",
+    "rotary_attention",
     "row_layers",
     "temperature_sampling",
 )

@@ -1,4 +1,4 @@
-"""transformers' Llama layer with this package's norm and feed-forward block."""
+"""transformers' Llama layer with this package's norm, attention and feed-forward block."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers import Cache, LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+)
 
 from calm_kernels.ops.gated_ffn import gated_ffn
 from calm_kernels.ops.rms_norm import rms_norm
+from calm_kernels.ops.rotary_attention import rotary_attention, why_not_rotary_attention
 
 
 class FastRMSNorm(LlamaRMSNorm):
@@ -22,6 +27,42 @@ class FastRMSNorm(LlamaRMSNorm):
             out: Tensor = super().forward(x)
             return out
         return rms_norm(x, self.weight, eps=self.variance_epsilon)
+
+
+class FastAttention(LlamaAttention):
+    """``rotary_attention`` where it serves: no cache, no mask but the causal one, no dropout."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if (
+            position_embeddings is None
+            or attention_mask is not None
+            or past_key_values is not None
+            or not self._takes(hidden_states)
+        ):
+            attended: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+            return attended
+        x = hidden_states
+        seen = rotary_attention(
+            self.q_proj(x), self.k_proj(x), self.v_proj(x), position_embeddings, scale=self.scaling
+        )
+        return self.o_proj(seen), None
+
+    def _takes(self, x: Tensor) -> bool:
+        return (
+            why_not_rotary_attention(x) is None
+            and not torch.is_autocast_enabled(x.device.type)
+            and self.config._attn_implementation == "sdpa"
+            and not (self.training and self.attention_dropout)
+        )
 
 
 class FastDecoderLayer(LlamaDecoderLayer):
@@ -62,5 +103,7 @@ def use_fast_layers(backbone: nn.Module, config: LlamaConfig) -> None:
     for module in backbone.modules():
         if type(module) is LlamaRMSNorm:
             module.__class__ = FastRMSNorm
+        elif type(module) is LlamaAttention:
+            module.__class__ = FastAttention
         elif type(module) is LlamaDecoderLayer and swiglu:
             module.__class__ = FastDecoderLayer

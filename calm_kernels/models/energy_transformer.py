@@ -29,6 +29,7 @@ from calm_kernels.models.configuration import AutoencoderConfig, CalmConfig, as_
 from calm_kernels.models.heads import make_head, training_loss
 from calm_kernels.models.initialization import Backbone, CalmPreTrainedModel
 from calm_kernels.models.inputs import position_ids, real_tokens, to_patches, whole_patches
+from calm_kernels.models.patch_embedding import project_patches
 from calm_kernels.models.sequences import GenerationOutput, OnPatch
 from calm_kernels.nn.energy import EnergyLoss
 
@@ -138,8 +139,7 @@ class EnergyTransformer(CalmPreTrainedModel):
 
     def embed_patches(self, patches: Tensor) -> Tensor:
         """Token ids [B, n, K] -> the backbone's input vectors [B, n, H]."""
-        embedded: Tensor = self.embed_proj(self.transformer.embed_tokens(patches).flatten(-2))
-        return embedded
+        return project_patches(patches, self.transformer.embed_tokens, self.embed_proj)
 
     def hidden_states(
         self,

@@ -21,6 +21,7 @@ from calm_kernels.ops.patch_codec import (
 )
 from calm_kernels.ops.random import philox_normal, philox_uniform
 from calm_kernels.ops.rms_norm import rms_norm
+from calm_kernels.ops.rotary_attention import rotary_attention
 from calm_kernels.ops.row_layers import RowLayers
 from calm_kernels.ops.temperature_sampling import (
     batch_temperature_sample,
@@ -50,6 +51,7 @@ __all__ = [
     "philox_normal",
     "philox_uniform",
     "rms_norm",
+    "rotary_attention",
     "squeeze_patches",
     "squeezed_tables",
     "vocabulary_parallel_linear_argmax",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from calm_kernels import _checks
 from calm_kernels._dispatch import current_backend, define
+from calm_kernels._native import why_not_avx512
 from calm_kernels.reference import row_layers as reference
 from calm_kernels.reference.row_layers import PANEL, LayerKind
 
@@ -46,9 +47,7 @@ def why_not_row_layers(weight: Tensor) -> str | None:
         return problem
     if current_backend() not in ("auto", "native"):
         return f"backend {current_backend()!r} is forced"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "the CPU has no AVX-512"
-    return None
+    return why_not_avx512()
 
 
 class RowLayers:

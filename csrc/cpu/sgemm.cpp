@@ -33,38 +33,16 @@ int64_t step_size(int64_t depth) {
   return std::max<int64_t>(1, ceil_div(depth, std::max<int64_t>(1, ceil_div(depth, kMaxStep))));
 }
 
-// to[k, i] = from[i, k] for `count` of kLanes rows; the rest zero.
-template <int kLanes>
-void pack_panel(const float* from, int64_t lane_stride, int64_t step_stride, int64_t num_steps,
-                int64_t count, float* to) {
-  if (lane_stride == 1 && count == kLanes) {
-    for (int64_t k = 0; k < num_steps; ++k) {
-      std::memcpy(to + k * kLanes, from + k * step_stride, kLanes * sizeof(float));
-    }
-    return;
-  }
-  if (count < kLanes) std::fill_n(to, num_steps * kLanes, 0.0f);
-  // Sixteen steps at a time: their lines of `from` and of `to` stay in L1.
-  constexpr int64_t kChunk = 16;
-  for (int64_t start = 0; start < num_steps; start += kChunk) {
-    const int64_t end = std::min(start + kChunk, num_steps);
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t k = start; k < end; ++k) {
-        to[k * kLanes + i] = from[i * lane_stride + k * step_stride];
-      }
-    }
-  }
-}
-
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CALM_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
 
 typedef float Lanes16 __attribute__((vector_size(64)));
 typedef float Unaligned16 __attribute__((vector_size(64), aligned(4)));
 
-// pack_panel for kTileRows whole rows whose steps are neighbours: sixteen steps of four rows are
-// transposed in registers. Returns how many steps that were.
-CALM_AVX512 int64_t pack_rows(const float* from, int64_t row_stride, int64_t num_steps, float* to) {
+// pack_panel for a multiple of four whole lanes whose steps are neighbours: sixteen steps of four
+// lanes are transposed in registers. Returns how many steps that were.
+CALM_AVX512 int64_t pack_lanes(int num_lanes, const float* from, int64_t lane_stride,
+                               int64_t num_steps, float* to) {
   typedef int32_t Indices __attribute__((vector_size(64)));
   constexpr Indices kLow = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
   constexpr Indices kHigh = kLow + 2;
@@ -72,12 +50,12 @@ CALM_AVX512 int64_t pack_rows(const float* from, int64_t row_stride, int64_t num
   constexpr Indices kSecond = kFirst + 2;
   int64_t k = 0;
   for (; k + 16 <= num_steps; k += 16) {
-    for (int row = 0; row < kTileRows; row += 4) {
-      const float* const source = from + row * row_stride + k;
+    for (int lane = 0; lane < num_lanes; lane += 4) {
+      const float* const source = from + lane * lane_stride + k;
       Lanes16 rows[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        rows[i] = *reinterpret_cast<const Unaligned16*>(source + i * row_stride);
+        rows[i] = *reinterpret_cast<const Unaligned16*>(source + i * lane_stride);
       }
       const Lanes16 low = __builtin_shuffle(rows[0], rows[1], kLow);
       const Lanes16 high = __builtin_shuffle(rows[0], rows[1], kHigh);
@@ -92,7 +70,7 @@ CALM_AVX512 int64_t pack_rows(const float* from, int64_t row_stride, int64_t num
       for (int s = 0; s < 4; ++s) {
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) {
-          std::memcpy(to + (k + 4 * q + s) * kTileRows + row,
+          std::memcpy(to + (k + 4 * q + s) * num_lanes + lane,
                       reinterpret_cast<const char*>(&steps[s]) + 16 * q, 16);
         }
       }
@@ -133,7 +111,7 @@ CALM_AVX512 void multiply_tile(const float* a, const float* b, int64_t num_steps
   }
 }
 #else
-int64_t pack_rows(const float*, int64_t, int64_t, float*) { return 0; }
+int64_t pack_lanes(int, const float*, int64_t, int64_t, float*) { return 0; }
 
 void multiply_tile(const float* a, const float* b, int64_t num_steps, const float* start,
                    int64_t start_stride, float* out, int64_t out_stride) {
@@ -149,6 +127,31 @@ void multiply_tile(const float* a, const float* b, int64_t num_steps, const floa
   }
 }
 #endif
+
+// to[k, i] = from[i, k] for `count` of kLanes rows; the rest zero.
+template <int kLanes>
+void pack_panel(const float* from, int64_t lane_stride, int64_t step_stride, int64_t num_steps,
+                int64_t count, float* to) {
+  if (lane_stride == 1 && count == kLanes) {
+    for (int64_t k = 0; k < num_steps; ++k) {
+      std::memcpy(to + k * kLanes, from + k * step_stride, kLanes * sizeof(float));
+    }
+    return;
+  }
+  if (count < kLanes) std::fill_n(to, num_steps * kLanes, 0.0f);
+  const bool whole = count == kLanes && step_stride == 1;
+  const int64_t done = whole ? pack_lanes(kLanes, from, lane_stride, num_steps, to) : 0;
+  // Sixteen steps at a time: their lines of `from` and of `to` stay in L1.
+  constexpr int64_t kChunk = 16;
+  for (int64_t start = done; start < num_steps; start += kChunk) {
+    const int64_t end = std::min(start + kChunk, num_steps);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = start; k < end; ++k) {
+        to[k * kLanes + i] = from[i * lane_stride + k * step_stride];
+      }
+    }
+  }
+}
 
 // A tile that the result does not fill: through a whole one.
 void multiply_part(const float* a, const float* b, int64_t num_steps, const float* start,
@@ -184,10 +187,7 @@ void multiply_at(const Matrix<float>& out, const Matrix<const float>* start, con
 void pack_tile(const Matrix<const float>& a, int64_t row, int64_t first, int64_t count, float* to) {
   const int64_t num_rows = std::min<int64_t>(kTileRows, a.rows - row);
   const float* const from = a.data + row * a.row_stride + first * a.column_stride;
-  const bool whole = num_rows == kTileRows && a.column_stride == 1;
-  const int64_t done = whole ? pack_rows(from, a.row_stride, count, to) : 0;
-  pack_panel<kTileRows>(from + done * a.column_stride, a.row_stride, a.column_stride, count - done,
-                        num_rows, to + done * kTileRows);
+  pack_panel<kTileRows>(from, a.row_stride, a.column_stride, count, num_rows, to);
 }
 
 }  // namespace

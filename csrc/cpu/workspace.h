@@ -21,6 +21,7 @@ class Workspace {
     if (memory_.bytes() > kMostKeptBytes) memory_ = Memory();
   }
   Memory* operator->() { return &memory_; }
+  Memory& operator*() { return memory_; }
 
   // A matrix in one part of it, of the dtype of `like`.
   Tensor matrix(ReusedMemory<std::byte>& part, const Tensor& like, int64_t num_rows, int64_t size) {
