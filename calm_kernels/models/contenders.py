@@ -80,5 +80,6 @@ class Contenders:
             return patches
         draws = -1 - patches[left, -1]
         states = self._states[draws * self._num_sequences + left]
-        decoded = self._decoder.decode_places(states, 0, self._decoder.patch_size)
-        return patches.index_copy(0, left, decoded)
+        known = int((patches[left] >= 0).sum(dim=1).min())
+        decoded = self._decoder.decode_places(states, known, self._decoder.patch_size)
+        return patches.index_copy(0, left, torch.cat((patches[left, :known], decoded), dim=1))

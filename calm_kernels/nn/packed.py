@@ -119,7 +119,8 @@ class PackedDecoder:
     def decode_places(self, states: Tensor, first: int, stop: int) -> Tensor:
         """:meth:`PatchDecoder.decode_places`: [P, H] -> int64 [P, stop - first]."""
         hidden = [layers(states) for layers in self._token_layers[first:stop]]
-        tokens = linear_argmax(torch.cat(hidden), self.lm_head_weight)
+        rows = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        tokens = linear_argmax(rows, self.lm_head_weight)
         return tokens.view(stop - first, -1).t()
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -26,12 +26,31 @@ def _fake(
     return rows.new_empty((rows.shape[0], out_size))
 
 
+def _fake_pack_panels(weight: Tensor, other: Tensor | None) -> Tensor:
+    rows = PANEL if other is None else PANEL // 2
+    size, depth = weight.shape
+    return weight.new_empty((-(-size // rows), depth, PANEL))
+
+
+_pack_panels = define(
+    "pack_panels",
+    "(Tensor weight, Tensor? other) -> Tensor",
+    reference=reference.pack_panels,
+    fake=_fake_pack_panels,
+)
 _row_layers = define(
     "row_layers",
     "(Tensor rows, int[] kinds, Tensor[] tensors, float[] eps, int out_size) -> Tensor",
     reference=reference.row_layers,
     fake=_fake,
 )
+
+
+def _packed(weight: Tensor, other: Tensor | None = None) -> Tensor:
+    result: Tensor = _pack_panels(
+        weight.device, weight.detach(), None if other is None else other.detach()
+    )
+    return result
 
 
 def _filled_up(biases: Tensor) -> Tensor:
@@ -113,8 +132,8 @@ class RowLayers:
         biases = [zeros if bias is None else bias.detach() for bias in (gate_bias, up_bias)]
         for name, bias in zip(("gate_bias", "up_bias"), biases, strict=True):
             _checks.tensor(name, bias, _FLOAT32, (size,))
-        packed = reference.pack_gated(gate_weight.detach(), up_weight.detach())
-        both = reference.pack_gated(*(bias.unsqueeze(1) for bias in biases))
+        packed = _packed(gate_weight, up_weight)
+        both = _packed(*(bias.unsqueeze(1) for bias in biases))
         self._append(LayerKind.GATED, packed, both.view(1, -1))
         self._size = size
         return self
@@ -214,7 +233,7 @@ class RowLayers:
                 raise ValueError("bias: expected None, since bias_at_call is True; got a tensor")
         given = weight.new_zeros(size) if bias is None else bias.detach()
         packed = None if bias_at_call else _filled_up(given.unsqueeze(0)).clone()
-        self._append(kind, reference.pack_linear(weight.detach()), packed)
+        self._append(kind, _packed(weight), packed)
         if bias_at_call:
             self._sizes_at_call.append(size)
         self._size = size

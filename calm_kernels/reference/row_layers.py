@@ -37,18 +37,12 @@ class LayerKind(enum.IntEnum):
         return 1 if self is LayerKind.RMS_NORM else 2
 
 
-def pack_linear(weight: Tensor) -> Tensor:
-    """[N, K] -> panels [ceil(N / 32), K, 32]."""
+def pack_panels(weight: Tensor, other: Tensor | None) -> Tensor:
+    """Weight [N, K] -> panels [ceil(N / 32), K, 32]; with another one [ceil(N / 16), K, 32]."""
+    weights = [weight] if other is None else [weight, other]
+    rows = PANEL // len(weights)
     size, depth = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -size % PANEL))
-    return padded.view(-1, PANEL, depth).transpose(1, 2).contiguous()
-
-
-def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Two weights [N, K] -> panels [ceil(N / 16), K, 32]."""
-    half = PANEL // 2
-    size, depth = gate.shape
-    parts = [F.pad(part, (0, 0, 0, -size % half)).view(-1, half, depth) for part in (gate, up)]
+    parts = [F.pad(part, (0, 0, 0, -size % rows)).view(-1, rows, depth) for part in weights]
     return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
 
 

@@ -14,10 +14,12 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "cpu/energy_head_rows.h"
 #include "cpu/gated_ffn_rows.h"
+#include "cpu/large_pages.h"
 #include "cpu/matmul.h"
 #include "cpu/multiversion.h"
 #include "cpu/registration.h"
@@ -265,9 +267,47 @@ Tensor row_layers(const Tensor& rows_in, std::vector<int64_t> kinds, std::vector
   return out;
 }
 
+// Lanes [lane, lane + count) of a panel from as many rows of a weight; the rest of them zero.
+void pack_lanes(const Tensor& weight, int64_t first_row, int64_t lane, int64_t count, float* to) {
+  const int64_t depth = weight.size(1);
+  const int64_t valid = std::clamp<int64_t>(weight.size(0) - first_row, 0, count);
+  const float* const from = weight.const_data_ptr<float>() + first_row * depth;
+  // Sixteen steps at a time: their lines of `from` and of `to` stay in L1.
+  constexpr int64_t kChunk = 16;
+  for (int64_t start = 0; start < depth; start += kChunk) {
+    const int64_t end = std::min(start + kChunk, depth);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = start; k < end; ++k) {
+        to[k * kPanel + lane + i] = i < valid ? from[i * depth + k] : 0.0f;
+      }
+    }
+  }
+}
+
+// Panels [N / 32, K, 32] of a weight [N, K], or [N / 16, K, 32] of sixteen rows of each of two.
+Tensor pack_panels(const Tensor& weight_in, const std::optional<Tensor>& other_in) {
+  const Tensor weight = torch::stable::contiguous(weight_in);
+  const std::optional<Tensor> other =
+      other_in ? std::optional<Tensor>(torch::stable::contiguous(*other_in)) : std::nullopt;
+  const int64_t rows = other ? kHalf : kPanel;
+  const int64_t num_panels = ceil_div(weight.size(0), rows);
+  Tensor panels = torch::stable::new_empty(weight, {num_panels, weight.size(1), kPanel});
+  use_large_pages(panels);
+  float* const data = panels.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      float* const to = data + panel * weight.size(1) * kPanel;
+      pack_lanes(weight, panel * rows, 0, rows, to);
+      if (other) pack_lanes(*other, panel * rows, kHalf, rows, to);
+    }
+  });
+  return panels;
+}
+
 }  // namespace
 }  // namespace calm
 
 STABLE_TORCH_LIBRARY_IMPL(calm_kernels, CPU, m) {
+  m.impl("pack_panels", TORCH_BOX(&calm::pack_panels));
   m.impl("row_layers", TORCH_BOX(&calm::row_layers));
 }

@@ -254,6 +254,16 @@ def test_wrong_arguments_are_named() -> None:
         layers.gated(torch.randn(5, 4), torch.randn(6, 4))
 
 
+@pytest.mark.parametrize("size", [1, 16, 31, 32, 33, 100])
+@pytest.mark.parametrize("depth", [1, 15, 16, 50])
+def test_panels_are_those_of_the_reference(size: int, depth: int) -> None:
+    weight, other = torch.randn(depth, size).t(), torch.randn(size, depth)
+    packed = torch.ops.calm_kernels.pack_panels
+    for second in (None, other):
+        assert torch.equal(packed(weight, second), packed.reference(weight, second))
+        torch.library.opcheck(packed.reference, (weight, second))
+
+
 def test_the_operator_passes_opcheck() -> None:
     stack = Stack(3, 6)
     tensors = iter(stack.layers._checked_biases(stack.rows(4), stack.biases))
