@@ -25,6 +25,9 @@ from calm_kernels.nn.rms_norm import RMSNorm
 from calm_kernels.ops.linear_argmax import linear_argmax
 from calm_kernels.ops.row_layers import RowLayers, why_not_row_layers
 
+_MOST_PACKED_TOKENS = 2048
+"""Of a vocabulary whose weight is packed too; a larger one is better read once for many rows."""
+
 _PLAIN = (
     EnergyHead,
     EnergyHeadBlock,
@@ -107,6 +110,9 @@ class PackedDecoder:
         self._patch_layers = _add_ffns(layers, blocks[:stage])
         tokens = _add_ffns(RowLayers(size), blocks[stage:])
         tokens.rms_norm(decoder.norm.weight, eps=decoder.norm.eps)
+        self._gives_tokens = len(self.lm_head_weight) <= _MOST_PACKED_TOKENS
+        if self._gives_tokens:
+            tokens.linear(self.lm_head_weight)
         self._token_layers = [
             RowLayers(size).linear(weight, bias).followed_by(tokens)
             for weight, bias in zip(expand.weight.split(size), expand.bias.split(size), strict=True)
@@ -118,6 +124,9 @@ class PackedDecoder:
 
     def decode_places(self, states: Tensor, first: int, stop: int) -> Tensor:
         """:meth:`PatchDecoder.decode_places`: [P, H] -> int64 [P, stop - first]."""
+        if self._gives_tokens:
+            places = [layers.argmax(states) for layers in self._token_layers[first:stop]]
+            return torch.stack(places, dim=1)
         hidden = [layers(states) for layers in self._token_layers[first:stop]]
         rows = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         tokens = linear_argmax(rows, self.lm_head_weight)

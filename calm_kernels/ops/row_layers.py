@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calm_kernels import _checks
-from calm_kernels._dispatch import current_backend, define
+from calm_kernels._dispatch import Operator, current_backend, define
 from calm_kernels._native import why_not_avx512
 from calm_kernels.reference import row_layers as reference
 from calm_kernels.reference.row_layers import PANEL, LayerKind
@@ -69,6 +69,14 @@ def why_not_row_layers(weight: Tensor) -> str | None:
     return why_not_avx512()
 
 
+_row_layers_argmax = define(
+    "row_layers_argmax",
+    "(Tensor rows, int[] kinds, Tensor[] tensors, float[] eps, int out_size) -> Tensor",
+    reference=reference.row_layers_argmax,
+    fake=lambda rows, *_: rows.new_empty(rows.shape[:1], dtype=torch.int64),
+)
+
+
 class RowLayers:
     """Layers that rows go through one after the other, added by calling the methods in order.
 
@@ -90,6 +98,7 @@ class RowLayers:
         self._sizes_at_call: list[int] = []
         self._in_size = self._size = size
         self._residual_size = 0
+        self._plain_last = False
 
     def linear(
         self,
@@ -182,6 +191,7 @@ class RowLayers:
         both._eps = self._eps + other._eps
         both._sizes_at_call = self._sizes_at_call + other._sizes_at_call
         both._size, both._residual_size = other._size, other._residual_size
+        both._plain_last = other._plain_last
         return both
 
     def __call__(self, rows: Tensor, biases: Sequence[Tensor] = ()) -> Tensor:
@@ -198,12 +208,31 @@ class RowLayers:
         Raises:
             TypeError: wrong dtype. ValueError: wrong shape, wrong number of biases, no layer.
         """
+        return self._run(_row_layers, rows, biases)
+
+    def argmax(self, rows: Tensor, biases: Sequence[Tensor] = ()) -> Tensor:
+        """The columns of the largest numbers of what :meth:`__call__` returns, without storing it.
+
+        The first of equal ones; NaN is the largest. The last layer is linear without bias or
+        activation. For up to some thousand columns: every task reads all of that layer's weight.
+
+        Returns:
+            int64 [R]
+
+        Raises:
+            As :meth:`__call__`. ValueError: another last layer.
+        """
+        if not self._plain_last:
+            raise ValueError("argmax: expected a last layer that is linear without bias")
+        return self._run(_row_layers_argmax, rows, biases)
+
+    def _run(self, operator: Operator, rows: Tensor, biases: Sequence[Tensor]) -> Tensor:
         if not self._kinds:
             raise ValueError("RowLayers: expected at least one layer; add it with linear()")
         _checks.tensor("rows", rows, _FLOAT32, ("R", self._in_size))
         given = iter(self._checked_biases(rows, biases))
         tensors = [next(given) if tensor is None else tensor for tensor in self._tensors]
-        result: Tensor = _row_layers(
+        result: Tensor = operator(
             rows.device, rows.detach(), self._kinds, tensors, self._eps, self._size
         )
         return result
@@ -236,6 +265,7 @@ class RowLayers:
         self._append(kind, _packed(weight), packed)
         if bias_at_call:
             self._sizes_at_call.append(size)
+        self._plain_last = kind is LayerKind.LINEAR and bias is None and not bias_at_call
         self._size = size
         return self
 
@@ -249,6 +279,7 @@ class RowLayers:
 
     def _append(self, kind: LayerKind, *tensors: Tensor | None) -> None:
         self._kinds.append(kind)
+        self._plain_last = False
         self._tensors.extend(tensors)
 
     def _check_size(self, name: str, weight: Tensor) -> None:

@@ -81,3 +81,14 @@ def row_layers(
         else:
             current = F.silu(product) if kind is LayerKind.LINEAR_SILU else product
     return current[:, :out_size].clone()
+
+
+def row_layers_argmax(
+    rows: Tensor,
+    kinds: Sequence[int],
+    tensors: Sequence[Tensor],
+    eps: Sequence[float],
+    out_size: int,
+) -> Tensor:
+    """The first column of the largest number of each row of :func:`row_layers`, int64 [R]."""
+    return row_layers(rows, kinds, tensors, eps, out_size).argmax(dim=1)

@@ -13,7 +13,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -166,9 +168,38 @@ struct Task {
     }
   }
 
-  // Rows [first, first + count), which start at `in`, into `out` with rows of `out_width` numbers.
-  void run(const float* in, int64_t in_width, int64_t first, int64_t count, float* memory,
-           float* out, int64_t out_width) const {
+  // index[i] = the first column of the largest of `size` numbers that the last layer gives row i;
+  // NaN is the largest. That layer is linear, its biases are zero and not read.
+  void largest(const Rows& from, int64_t count, int64_t size, int64_t* index) const {
+    const Layer& layer = layers.back();
+    alignas(64) float tile[kTileRows * kPanel];
+    const int64_t num_tiles = ceil_div(count, kTileRows);
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      const int64_t row = t * count / num_tiles;
+      const int64_t height = (t + 1) * count / num_tiles - row;
+      float best[kTileRows];
+      std::fill_n(best, height, -std::numeric_limits<float>::infinity());
+      std::fill_n(index + row, height, 0);
+      for (int64_t j = 0; j < layer.num_panels; ++j) {
+        multiply_panel(height, from.data + row * from.stride, from.stride,
+                       layer.weight + j * layer.depth * kPanel, layer.depth, tile);
+        const int64_t columns = std::min<int64_t>(kPanel, size - j * kPanel);
+        for (int64_t i = 0; i < height; ++i) {
+          for (int64_t c = 0; c < columns; ++c) {
+            const float value = tile[i * kPanel + c];
+            if (value > best[i] || (std::isnan(value) && !std::isnan(best[i]))) {
+              best[i] = value;
+              index[row + i] = j * kPanel + c;
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // `count` rows from `first` on, which start at `in`, through some of the layers.
+  Rows run(const float* in, int64_t in_width, int64_t first, int64_t count, int64_t num_layers,
+           float* memory) const {
     std::array<float*, 3> free{};
     for (int i = 0; i < 3; ++i) free[i] = memory + i * count * stride;
     int next = 0;
@@ -183,7 +214,8 @@ struct Task {
       while (free[next] == current.data || free[next] == residual.data) next = (next + 1) % 3;
       return free[next];
     };
-    for (const Layer& layer : layers) {
+    for (int64_t i = 0; i < num_layers; ++i) {
+      const Layer& layer = layers[static_cast<size_t>(i)];
       if (layer.kind == Kind::kAddLinear) {
         if (current.data == residual.data) {
           // It reads what it writes.
@@ -204,7 +236,7 @@ struct Task {
       }
       current = to;
     }
-    copy_rows({out, out_width}, current, count, out_width);
+    return current;
   }
 };
 
@@ -236,14 +268,11 @@ std::vector<Layer> parse(const std::vector<int64_t>& kinds, const std::vector<Te
 // What a thread keeps from call to call: fresh pages take longer to come than a slab to compute.
 thread_local ReusedMemory<float> slab_memory;
 
-Tensor row_layers(const Tensor& rows_in, std::vector<int64_t> kinds, std::vector<Tensor> tensors,
-                  std::vector<double> eps, int64_t out_width) {
-  const Tensor rows = torch::stable::contiguous(rows_in);
-  const int64_t num_rows = rows.size(0);
-  Tensor out = torch::stable::new_empty(rows, {num_rows, out_width});
-  if (num_rows == 0) return out;
-  const std::vector<Layer> layers = parse(kinds, tensors, eps);
-  int64_t width = rows.size(1);
+// function(task, memory, first row, rows) for every slab.
+template <typename Function>
+void for_slabs(const std::vector<Layer>& layers, int64_t num_rows, int64_t in_width,
+               const Function& function) {
+  int64_t width = in_width;
   for (const Layer& layer : layers) width = std::max(width, layer.width());
   // Whole cache lines, and no power of two, at which the rows of a tile would share few sets of L1.
   const int64_t stride = ceil_div(width, kPanel) * kPanel + kHalf;
@@ -253,17 +282,51 @@ Tensor row_layers(const Tensor& rows_in, std::vector<int64_t> kinds, std::vector
   const int64_t num_slabs =
       std::min(num_rows, ceil_div(num_rows, most_rows * num_threads) * num_threads);
   const Task task{layers, num_rows, stride};
-  const float* const in = rows.const_data_ptr<float>();
-  float* const result = out.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, num_slabs, 1, [&](int64_t begin, int64_t end) {
     float* const memory = slab_memory.at_least(3 * most_rows * stride);
     for (int64_t slab = begin; slab < end; ++slab) {
       const int64_t first = slab * num_rows / num_slabs;
-      const int64_t count = (slab + 1) * num_rows / num_slabs - first;
-      task.run(in + first * rows.size(1), rows.size(1), first, count, memory,
-               result + first * out_width, out_width);
+      function(task, memory, first, (slab + 1) * num_rows / num_slabs - first);
     }
   });
+}
+
+Tensor row_layers(const Tensor& rows_in, std::vector<int64_t> kinds, std::vector<Tensor> tensors,
+                  std::vector<double> eps, int64_t out_width) {
+  const Tensor rows = torch::stable::contiguous(rows_in);
+  const int64_t width = rows.size(1);
+  Tensor out = torch::stable::new_empty(rows, {rows.size(0), out_width});
+  if (rows.size(0) == 0) return out;
+  const std::vector<Layer> layers = parse(kinds, tensors, eps);
+  const auto num_layers = static_cast<int64_t>(layers.size());
+  const float* const in = rows.const_data_ptr<float>();
+  float* const result = out.mutable_data_ptr<float>();
+  for_slabs(layers, rows.size(0), width,
+            [&](const Task& task, float* memory, int64_t first, int64_t count) {
+              const Rows last =
+                  task.run(in + first * width, width, first, count, num_layers, memory);
+              copy_rows({result + first * out_width, out_width}, last, count, out_width);
+            });
+  return out;
+}
+
+// The first column of the largest number of each row.
+Tensor row_layers_argmax(const Tensor& rows_in, std::vector<int64_t> kinds,
+                         std::vector<Tensor> tensors, std::vector<double> eps, int64_t out_width) {
+  const Tensor rows = torch::stable::contiguous(rows_in);
+  const int64_t width = rows.size(1);
+  Tensor out = torch::stable::new_empty(rows, {rows.size(0)}, ScalarType::Long);
+  if (rows.size(0) == 0) return out;
+  const std::vector<Layer> layers = parse(kinds, tensors, eps);
+  const auto before_last = static_cast<int64_t>(layers.size()) - 1;
+  const float* const in = rows.const_data_ptr<float>();
+  int64_t* const index = out.mutable_data_ptr<int64_t>();
+  for_slabs(layers, rows.size(0), width,
+            [&](const Task& task, float* memory, int64_t first, int64_t count) {
+              const Rows last =
+                  task.run(in + first * width, width, first, count, before_last, memory);
+              task.largest(last, count, out_width, index + first);
+            });
   return out;
 }
 
@@ -310,4 +373,5 @@ Tensor pack_panels(const Tensor& weight_in, const std::optional<Tensor>& other_i
 STABLE_TORCH_LIBRARY_IMPL(calm_kernels, CPU, m) {
   m.impl("pack_panels", TORCH_BOX(&calm::pack_panels));
   m.impl("row_layers", TORCH_BOX(&calm::row_layers));
+  m.impl("row_layers_argmax", TORCH_BOX(&calm::row_layers_argmax));
 }

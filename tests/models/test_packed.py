@@ -60,10 +60,11 @@ def test_head_draws_the_samples_of_the_module(
 @pytest.mark.parametrize("patch_size", [1, 4])
 @pytest.mark.parametrize(("hidden_size", "size"), [(32, 64), (21, 50)])
 @pytest.mark.parametrize("num_rows", [0, 1, 90])
+@pytest.mark.parametrize("vocab_size", [300, 2100])
 def test_decoder_gives_states_and_tokens_of_the_module(
-    num_rows: int, hidden_size: int, size: int, patch_size: int, num_layers: int
+    vocab_size: int, num_rows: int, hidden_size: int, size: int, patch_size: int, num_layers: int
 ) -> None:
-    decoder = perturbed(PatchDecoder(300, hidden_size, size, 6, patch_size, num_layers))
+    decoder = perturbed(PatchDecoder(vocab_size, hidden_size, size, 6, patch_size, num_layers))
     assert isinstance(decoder, PatchDecoder)
     packed = PackedDecoder(decoder)
     latents = torch.randn(num_rows, 6)

@@ -254,6 +254,46 @@ def test_wrong_arguments_are_named() -> None:
         layers.gated(torch.randn(5, 4), torch.randn(6, 4))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 32, 33, 258])
+@pytest.mark.parametrize("num_rows", [0, 1, 13, 150])
+def test_largest_columns_are_those_of_the_results(num_rows: int, size: int, backend: str) -> None:
+    torch.manual_seed(size)
+    weight = torch.randint(-3, 4, (size, 20)).float()  # exact sums, and many equal ones
+    rows = torch.randint(-2, 3, (num_rows, 20)).float()
+    if num_rows > 2:
+        rows[1] = 0.0
+        rows[2, 5] = torch.nan
+    layers = RowLayers(20).linear(weight)
+    with calm_kernels.backend(backend):
+        found = layers.argmax(rows)
+        assert found.dtype == torch.int64 and torch.equal(found, layers(rows).argmax(dim=1))
+    deep = RowLayers(20).linear(torch.eye(20)).followed_by(layers)
+    assert torch.equal(deep.argmax(rows), found)
+    if size > 3 and num_rows > 2:
+        infinite = weight.clone()
+        infinite[:, 3] = -torch.inf
+        infinite[3, 3] = torch.nan
+        rows[:, 3] = 1.0
+        layers = RowLayers(20).linear(infinite)
+        with calm_kernels.backend(backend):
+            assert torch.equal(layers.argmax(rows), layers(rows).argmax(dim=1))
+
+
+def test_largest_columns_need_a_plain_last_layer() -> None:
+    rows = torch.randn(3, 8)
+    layers = RowLayers(8)
+    with pytest.raises(ValueError, match="a last layer that is linear without bias"):
+        layers.argmax(rows)
+    for biased in (
+        RowLayers(8).linear(torch.randn(4, 8), torch.randn(4)),
+        RowLayers(8).linear(torch.randn(4, 8), activation="silu"),
+        RowLayers(8).linear(torch.randn(4, 8)).rms_norm(torch.randn(4), eps=EPS),
+    ):
+        with pytest.raises(ValueError, match="a last layer that is linear without bias"):
+            biased.argmax(rows)
+
+
 @pytest.mark.parametrize("size", [1, 16, 31, 32, 33, 100])
 @pytest.mark.parametrize("depth", [1, 15, 16, 50])
 def test_panels_are_those_of_the_reference(size: int, depth: int) -> None:
