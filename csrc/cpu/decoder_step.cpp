@@ -39,47 +39,37 @@ struct Outputs {
   int64_t stride;
 };
 
-// sums[o][r] = weight row o times row r
-template <int kOutputs, int kRows>
-CALM_INLINE void multiply_block(const float* weight, const DenseRows& x, int64_t row, float* to,
-                                int64_t stride) {
-  Lanes16 sums[kOutputs][kRows]{};
-  const int64_t size = x.size;
-  for_lanes<float>(size, [&](int64_t k, auto count) __attribute__((always_inline)) {
-    Lanes16 right[kRows];
+// One output of some rows: to[row * stride] = weight times row
+template <int kRows>
+CALM_INLINE void multiply_output(const float* weight, const DenseRows& x, int64_t row, float* to,
+                                 int64_t stride) {
+  // The next outputs' weights lie behind this one's: fetched this far ahead they are there in time,
+  // page borders or not, where weights come from memory.
+  constexpr int64_t kAhead = 512;
+  Lanes16 sums[kRows]{};
+  for_lanes<float>(x.size, [&](int64_t k, auto count) __attribute__((always_inline)) {
+    const Lanes16 left = load_lanes<float>(weight + k, count);
+    __builtin_prefetch(weight + k + kAhead);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      right[r] = load_lanes<float>(x.data + (row + r) * size + k, count);
-    }
-#pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) {
-      const Lanes16 left = load_lanes<float>(weight + o * size + k, count);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sums[o][r] += left * right[r];
+      sums[r] += left * load_lanes<float>(x.data + (row + r) * x.size + k, count);
     }
   });
-  for (int o = 0; o < kOutputs; ++o) {
-    for (int r = 0; r < kRows; ++r) to[(row + r) * stride + o] = sum_lanes<float>(sums[o][r]);
-  }
-}
-
-template <int kOutputs>
-CALM_INLINE void multiply_outputs(const float* weight, const DenseRows& x, float* to,
-                                  int64_t stride) {
-  int64_t row = 0;
-  for (; row + 4 <= x.num_rows; row += 4) multiply_block<kOutputs, 4>(weight, x, row, to, stride);
-  for (; row + 2 <= x.num_rows; row += 2) multiply_block<kOutputs, 2>(weight, x, row, to, stride);
-  if (row < x.num_rows) multiply_block<kOutputs, 1>(weight, x, row, to, stride);
+  for (int r = 0; r < kRows; ++r) to[(row + r) * stride] = sum_lanes<float>(sums[r]);
 }
 
 CALM_MULTIVERSION void multiply(const DenseRows& x, const Outputs& outputs) {
-  constexpr int kAtOnce = 4;
-  int64_t o = 0;
-  for (; o + kAtOnce <= outputs.count; o += kAtOnce) {
-    multiply_outputs<kAtOnce>(outputs.weight + o * x.size, x, outputs.to + o, outputs.stride);
-  }
-  for (; o < outputs.count; ++o) {
-    multiply_outputs<1>(outputs.weight + o * x.size, x, outputs.to + o, outputs.stride);
+  for (int64_t o = 0; o < outputs.count; ++o) {
+    const float* const weight = outputs.weight + o * x.size;
+    float* const to = outputs.to + o;
+    int64_t row = 0;
+    for (; row + 4 <= x.num_rows; row += 4) {
+      multiply_output<4>(weight, x, row, to, outputs.stride);
+    }
+    for (; row + 2 <= x.num_rows; row += 2) {
+      multiply_output<2>(weight, x, row, to, outputs.stride);
+    }
+    if (row < x.num_rows) multiply_output<1>(weight, x, row, to, outputs.stride);
   }
 }
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -120,15 +119,14 @@ def evaluation(root: Path) -> list[str]:
 
 def torchrun(commands: list[Command], root: Path) -> str:
     """Run commands in two processes; what they printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     jobs = root / "jobs.json"
     jobs.write_text(json.dumps([asdict(each) for each in commands]), encoding="utf-8")
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-            "--master_addr", "127.0.0.1", "--master_port", str(port), HERE / "commands.py", jobs,
+            # A port that the rendezvous binds itself: one picked here may be taken until then.
+            "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1",
+            HERE / "commands.py", jobs,
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True, text=True, timeout=TIMEOUT, check=False,
