@@ -20,6 +20,7 @@ from calm_kernels.models.decoder_layer import FastDecoderLayer, FastRMSNorm
 from calm_kernels.models.inputs import position_ids
 from calm_kernels.ops.decoder_step import (
     DecoderLayerWeights,
+    DecoderWeights,
     decoder_step,
     why_not_decoder_step,
 )
@@ -112,11 +113,11 @@ class StaticBackbone:
         self._position = torch.tensor([self._length], device=device)
         """Where the next patch goes, [1]."""
         capacity = self._capacity(self._length)
-        self._keys = [_widened(layer.keys, capacity) for layer in layers]
-        self._values = [_widened(layer.values, capacity) for layer in layers]
+        self._keys = _widened(torch.stack([layer.keys for layer in layers]), capacity)
+        self._values = _widened(torch.stack([layer.values for layer in layers]), capacity)
+        """Of all layers, [layers, B, key heads, capacity, width]."""
         self._make_tables()
-        self._weights = [_step_weights(layer) for layer in self._backbone.layers]
-        """Of the layers that one operator runs; None for the others."""
+        self._weights = _step_weights(self._backbone)
 
     @property
     def capturable(self) -> bool:
@@ -132,7 +133,7 @@ class StaticBackbone:
 
     def _make_tables(self) -> None:
         """What depends on the capacity alone: rotary factors of every position, slot numbers."""
-        capacity = self._keys[0].shape[2]
+        capacity = self._keys.shape[3]
         self._slots = torch.arange(capacity, device=self._position.device)
         cos, sin = self._backbone.rotary_emb(self._keys[0], self._slots.unsqueeze(0))
         half = cos.shape[-1] // 2
@@ -145,8 +146,8 @@ class StaticBackbone:
         if self._length <= len(self._slots):
             return False
         capacity = self._capacity(self._length - 1)
-        self._keys = [_widened(keys, capacity) for keys in self._keys]
-        self._values = [_widened(values, capacity) for values in self._values]
+        self._keys = _widened(self._keys, capacity)
+        self._values = _widened(self._values, capacity)
         self._make_tables()
         return True
 
@@ -158,15 +159,14 @@ class StaticBackbone:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the sequences only, int64 [n]."""
-        self._keys = [keys[rows] for keys in self._keys]
-        self._values = [values[rows] for values in self._values]
+        self._keys, self._values = self._keys[:, rows], self._values[:, rows]
         self._filling, self.hidden = self._filling[rows], self.hidden[rows]
 
     def step(self, patches: Tensor) -> Tensor:
         """int64 [B, K] -> [B, H]; the place was made by :meth:`make_room`."""
         x: Tensor = self._model.embed_patches(patches)
-        if self._runs_by_operators(x):
-            return self._step_by_operators(x)
+        if self._weights is not None and self._runs_by_operator(x):
+            return self._step_by_operator(x, self._weights)
         places = (self._position - self._filling).unsqueeze(1)
         rotary = (F.embedding(places, self._cos), F.embedding(places, self._sin))
         # A recording has one shape: it attends to all slots, of which a mask hides the free ones.
@@ -178,29 +178,24 @@ class StaticBackbone:
         self._position += 1
         return _norm(self._backbone.norm, x)
 
-    def _runs_by_operators(self, x: Tensor) -> bool:
+    def _runs_by_operator(self, x: Tensor) -> bool:
         if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
             return False
-        return len(x) <= _MOST_ROWS_OF_ONE_OPERATOR and None not in self._weights
+        return len(x) <= _MOST_ROWS_OF_ONE_OPERATOR
 
-    def _step_by_operators(self, x: Tensor) -> Tensor:
-        rotary = (self._cos, self._sin)
-        for i, (layer, weights) in enumerate(
-            zip(self._backbone.layers, self._weights, strict=True)
-        ):
-            assert weights is not None
-            x = decoder_step(
-                x,
-                weights,
-                self._keys[i],
-                self._values[i],
-                self._position,
-                self._filling,
-                rotary,
-                scale=layer.self_attn.scaling,
-            )
+    def _step_by_operator(self, x: Tensor, weights: DecoderWeights) -> Tensor:
+        hidden = decoder_step(
+            x,
+            weights,
+            self._keys,
+            self._values,
+            self._position,
+            self._filling,
+            (self._cos, self._sin),
+            scale=self._backbone.layers[0].self_attn.scaling,
+        )
         self._position += 1
-        return _norm(self._backbone.norm, x)
+        return hidden
 
     def _mask(self, visible: int) -> Tensor | None:
         """Which slots each sequence sees, bool [B or 1, 1, 1, visible]; None for all."""
@@ -256,14 +251,31 @@ def make_backbone(model: EnergyTransformer, contexts: list[list[int]], num_steps
 
 
 def _widened(cached: Tensor, capacity: int) -> Tensor:
-    """Keys or values [B, heads, n, width] at the front of memory for ``capacity`` patches."""
-    wide = cached.new_zeros((*cached.shape[:2], capacity, cached.shape[3]))
-    wide[:, :, : cached.shape[2]] = cached
+    """Keys or values [*, n, width] at the front of memory for ``capacity`` patches."""
+    wide = cached.new_zeros((*cached.shape[:-2], capacity, cached.shape[-1]))
+    wide[..., : cached.shape[-2], :] = cached
     return wide
 
 
-def _step_weights(layer: Any) -> DecoderLayerWeights | None:
-    """The weights of a layer that :func:`decoder_step` computes, faster than torch; else None."""
+def _step_weights(backbone: Any) -> DecoderWeights | None:
+    """The weights of a backbone that :func:`decoder_step` runs, faster than torch; else None."""
+    norm = backbone.norm
+    if type(norm) not in (FastRMSNorm, LlamaRMSNorm) or not _computes_as_read(norm):
+        return None
+    if why_not_decoder_step(backbone.parameters()) is not None:
+        return None
+    layers = [_layer_weights(layer) for layer in backbone.layers]
+    plain = [layer for layer in layers if layer is not None]
+    alike = {
+        (layer.self_attn.scaling, layer.mlp.gate_proj.weight.shape) for layer in backbone.layers
+    }
+    if len(plain) < len(layers) or len(alike) > 1:
+        return None
+    return DecoderWeights(plain, norm.weight, norm.variance_epsilon)
+
+
+def _layer_weights(layer: Any) -> DecoderLayerWeights | None:
+    """The weights of a layer of torch's and transformers' own parts; None for another."""
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -272,9 +284,9 @@ def _step_weights(layer: Any) -> DecoderLayerWeights | None:
         all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
         and all(type(norm) in (FastRMSNorm, LlamaRMSNorm) for norm in norms)
         and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
+        and _computes_as_read(layer)
     )
-    if not plain or why_not_decoder_step(layer.parameters()) is not None:
+    if not plain:
         return None
     query, key, value, out, gate, up, down = (linear.weight for linear in linears)
     eps, post_eps = (norm.variance_epsilon for norm in norms)
@@ -282,6 +294,10 @@ def _step_weights(layer: Any) -> DecoderLayerWeights | None:
     return DecoderLayerWeights(
         norm, query, key, value, out, post_norm, gate, up, down, eps, post_eps
     )
+
+
+def _computes_as_read(module: nn.Module) -> bool:
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:

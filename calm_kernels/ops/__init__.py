@@ -1,7 +1,7 @@
 """The operators: contract, checks, dispatch. Importing this package defines their schemas."""
 
 from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
-from calm_kernels.ops.decoder_step import DecoderLayerWeights, decoder_step
+from calm_kernels.ops.decoder_step import DecoderLayerWeights, DecoderWeights, decoder_step
 from calm_kernels.ops.energy_head import energy_head_block
 from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
 from calm_kernels.ops.gated_ffn import gated_ffn
@@ -30,6 +30,7 @@ from calm_kernels.ops.temperature_sampling import (
 
 __all__ = [
     "DecoderLayerWeights",
+    "DecoderWeights",
     "LinearCrossEntropyInfo",
     "RowLayers",
     "batch_temperature_sample",

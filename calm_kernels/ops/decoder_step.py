@@ -1,8 +1,8 @@
-"""One new position of each sequence through a Llama decoder layer, keys and values cached."""
+"""One new position of each sequence through Llama decoder layers, keys and values cached."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,8 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 _decoder_step = define(
     "decoder_step",
-    "(Tensor x, Tensor norm_weight, Tensor query_weight, Tensor key_weight, Tensor value_weight, "
-    "Tensor out_weight, Tensor post_norm_weight, Tensor gate_weight, Tensor up_weight, "
-    "Tensor down_weight, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor filling, "
-    "Tensor cos, Tensor sin, float eps, float post_eps, float scale) -> Tensor",
+    "(Tensor x, Tensor[] weights, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
+    "Tensor filling, Tensor cos, Tensor sin, float[] eps, float scale) -> Tensor",
     reference=reference.decoder_step,
     fake=_fake,
 )
@@ -80,6 +78,34 @@ class DecoderLayerWeights:
         return tuple(getattr(self, name) for name in _NAMES)
 
 
+class DecoderWeights:
+    """Weights of Llama decoder layers that follow one another, and of the norm behind them.
+
+    Args:
+        layers: at least one, all of the same sizes.
+        norm: float32 [H], of the RMSNorm that follows.
+        eps: of it.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: no layer, wrong shape, different sizes.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayerWeights], norm: Tensor, eps: float) -> None:
+        if not layers:
+            raise ValueError("layers: expected at least one")
+        sizes = {tuple(tuple(tensor.shape) for tensor in layer.tensors) for layer in layers}
+        if len(sizes) > 1:
+            raise ValueError(f"layers: expected the same sizes in all; got {len(sizes)} kinds")
+        _checks.tensor("norm", norm, _FLOAT32, tuple(layers[0].norm.shape))
+        self.num_layers = len(layers)
+        self.hidden_size = norm.shape[0]
+        self.query_size, self.key_size = len(layers[0].query), len(layers[0].key)
+        self.tensors = [tensor for layer in layers for tensor in layer.tensors]
+        """In the operator's order."""
+        self.tensors.append(norm.detach().contiguous())
+        self.eps = [value for layer in layers for value in (layer.eps, layer.post_eps)] + [eps]
+
+
 def why_not_decoder_step(weights: Iterable[Tensor]) -> str | None:
     """Why :func:`decoder_step` is not the fast way for such weights; None if it is."""
     for weight in weights:
@@ -94,7 +120,7 @@ def why_not_decoder_step(weights: Iterable[Tensor]) -> str | None:
 
 def decoder_step(
     x: Tensor,
-    weights: DecoderLayerWeights,
+    weights: DecoderWeights,
     keys: Tensor,
     values: Tensor,
     position: Tensor,
@@ -103,13 +129,13 @@ def decoder_step(
     *,
     scale: float,
 ) -> Tensor:
-    """Run a Llama decoder layer on one new position of each sequence. No gradient.
+    """Run Llama decoder layers on one new position of each sequence. No gradient.
 
     Args:
         x: float32 [B, H].
-        weights: of the layer.
-        keys, values: float32 [B, key_heads, capacity, width], contiguous; slot ``position`` is
-            written.
+        weights: of the layers and of the norm behind them.
+        keys, values: float32 [layers, B, key_heads, capacity, width], contiguous; slot ``position``
+            is written.
         position: int64 [1], the slot of the new position, in [0, capacity).
         filling: int64 [B], the slot of each sequence's first position, at most ``position``.
         rotary: cosines and sines [capacity, width] by a position's distance from the first; the
@@ -122,47 +148,38 @@ def decoder_step(
     Raises:
         TypeError: wrong dtype. ValueError: wrong shape, a slot out of range (CPU tensors).
 
-    Source: transformers' LlamaDecoderLayer; head h of the queries reads key head
+    Source: transformers' LlamaModel; head h of the queries reads key head
     h // (heads / key_heads).
     """
-    _checks.tensor("x", x, _FLOAT32, ("B", weights.norm.shape[0]))
+    _checks.tensor("x", x, _FLOAT32, ("B", weights.hidden_size))
     batch = x.shape[0]
-    _checks.tensor("keys", keys, _FLOAT32, (batch, "key_heads", "capacity", "width"))
+    shape = (weights.num_layers, batch, "key_heads", "capacity", "width")
+    _checks.tensor("keys", keys, _FLOAT32, shape)
     _checks.tensor("values", values, _FLOAT32, tuple(keys.shape))
-    key_heads, capacity, width = keys.shape[1:]
-    if weights.key.shape[0] != key_heads * width or weights.query.shape[0] % (key_heads * width):
+    key_heads, capacity, width = keys.shape[2:]
+    if weights.key_size != key_heads * width or weights.query_size % (key_heads * width):
         raise ValueError(
-            f"keys: expected key_heads * width = {weights.key.shape[0]}, a divisor of the queries' "
-            f"{weights.query.shape[0]}; got {key_heads} * {width}"
+            f"keys: expected key_heads * width = {weights.key_size}, a divisor of the queries' "
+            f"{weights.query_size}; got {key_heads} * {width}"
         )
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("keys, values: expected contiguous memory; call .contiguous()")
     integers = (torch.int64,)
     _checks.tensor("position", position, integers, (1,))
     _checks.tensor("filling", filling, integers, (batch,))
-    cos, sin = rotary
     for table in rotary:
         _checks.tensor("rotary", table, _FLOAT32, (capacity, width))
     device = _checks.same_device(x=x, keys=keys, values=values, position=position, filling=filling)
     if device.type == "cpu" and batch:
-        at, first, last = int(position), int(filling.min()), int(filling.max())
+        at, fillings = int(position), filling.tolist()
+        first, last = min(fillings), max(fillings)
         if not 0 <= first <= last <= at < capacity:
             raise ValueError(
                 f"position: expected 0 <= filling <= position < {capacity}; got filling in "
                 f"[{first}, {last}], position {at}"
             )
+    tables = [table.contiguous() for table in rotary]
     result: Tensor = _decoder_step(
-        device,
-        x,
-        *weights.tensors,
-        keys,
-        values,
-        position,
-        filling,
-        cos.contiguous(),
-        sin.contiguous(),
-        weights.eps,
-        weights.post_eps,
-        scale,
+        device, x, weights.tensors, keys, values, position, filling, *tables, weights.eps, scale
     )
     return result

@@ -1,7 +1,9 @@
-"""One new position of each sequence through a Llama decoder layer: the specification.
+"""One new position of each sequence through Llama decoder layers: the specification.
 
     n = RMSNorm(x); query, key, value = projections of n, query and key rotated
-    y = x + Wo attention;  out = y + Wd (silu(Wg m) * (Wu m)),  m = RMSNorm(y)
+    y = x + Wo attention;  x = y + Wd (silu(Wg m) * (Wu m)),  m = RMSNorm(y)
+
+for every layer, then an RMSNorm.
 
 The new key and value join the cache in place; the query sees the positions from the sequence's
 first to its own.
@@ -13,47 +15,63 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_LAYER_TENSORS = 9
+
 
 def decoder_step(
     x: Tensor,
-    norm_weight: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    out_weight: Tensor,
-    post_norm_weight: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
+    weights: list[Tensor],
     keys: Tensor,
     values: Tensor,
     position: Tensor,
     filling: Tensor,
     cos: Tensor,
     sin: Tensor,
-    eps: float,
-    post_eps: float,
+    eps: list[float],
     scale: float,
 ) -> Tensor:
-    """See :func:`calm_kernels.ops.decoder_step.decoder_step`."""
-    batch, (key_heads, capacity, width) = len(x), keys.shape[1:]
-    normed = F.rms_norm(x, norm_weight.shape, norm_weight, eps)
+    """See :func:`calm_kernels.ops.decoder_step.decoder_step`.
+
+    ``weights`` are nine a layer and the last norm's, ``eps`` two a layer and the last norm's.
+    """
     places = position - filling
-    cos_row, sin_row = cos[places].unsqueeze(1), sin[places].unsqueeze(1)
+    rotary = (cos[places].unsqueeze(1), sin[places].unsqueeze(1))
+    slots = torch.arange(keys.shape[3], device=x.device)
+    seen_slots = (slots <= position) & (slots >= filling.unsqueeze(1))
+    for i in range(len(keys)):
+        layer = weights[i * _LAYER_TENSORS : (i + 1) * _LAYER_TENSORS]
+        layer_eps = eps[2 * i : 2 * i + 2]
+        x = _layer(x, layer, keys[i], values[i], position, seen_slots, rotary, layer_eps, scale)
+    return F.rms_norm(x, x.shape[1:], weights[-1], eps[-1])
+
+
+def _layer(
+    x: Tensor,
+    weights: list[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    seen_slots: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    eps: list[float],
+    scale: float,
+) -> Tensor:
+    """keys, values [B, key_heads, capacity, width] of this layer; seen_slots [B, capacity]."""
+    norm, query_weight, key_weight, value_weight, out, post_norm, gate, up, down = weights
+    batch, (key_heads, capacity, width) = len(x), keys.shape[1:]
+    normed = F.rms_norm(x, norm.shape, norm, eps[0])
 
     def rotated(weight: Tensor) -> Tensor:
         heads = F.linear(normed, weight).view(batch, -1, width)
-        return heads * cos_row + heads.roll(width // 2, dims=-1) * sin_row
+        return heads * rotary[0] + heads.roll(width // 2, dims=-1) * rotary[1]
 
     value = F.linear(normed, value_weight).view(batch, key_heads, 1, width)
     keys.index_copy_(2, position, rotated(key_weight).unsqueeze(2))
     values.index_copy_(2, position, value)
-    slots = torch.arange(capacity, device=x.device)
-    seen_slots = (slots <= position) & (slots >= filling.unsqueeze(1))
     query = rotated(query_weight).view(batch, key_heads, -1, width)
     scores = (query @ keys.transpose(2, 3)) * scale
     scores = scores.masked_fill(~seen_slots.view(batch, 1, 1, capacity), float("-inf"))
     seen = scores.softmax(dim=-1) @ values.nan_to_num()
-    y = x + F.linear(seen.reshape(batch, -1), out_weight)
-    m = F.rms_norm(y, post_norm_weight.shape, post_norm_weight, post_eps)
-    return y + F.linear(F.silu(F.linear(m, gate_weight)) * F.linear(m, up_weight), down_weight)
+    y = x + F.linear(seen.reshape(batch, -1), out)
+    m = F.rms_norm(y, post_norm.shape, post_norm, eps[1])
+    return y + F.linear(F.silu(F.linear(m, gate)) * F.linear(m, up), down)

@@ -1,5 +1,6 @@
-// One new position of each sequence through a Llama decoder layer, float32, keys and values cached:
-// y = x + Wo attention(norm(x)), out = y + Wd (silu(Wg norm(y)) * (Wu norm(y))).
+// One new position of each sequence through a stack of Llama decoder layers, float32, keys and
+// values cached: y = x + Wo attention(norm(x)), x = y + Wd (silu(Wg norm(y)) * (Wu norm(y))); then
+// the norm behind the last one.
 //
 // A few rows meet each weight once, so reading the weights is the work, and starting threads and
 // operators is what costs beside it: four passes over the pool a layer, in each of which a thread
@@ -7,7 +8,7 @@
 // whole key heads, from their projections through rotation and cache to what the queries see.
 //
 // Work: 2 operations a weight and row, 4 a cached number and query row. Fewest bytes: all weights
-// of the layer and the cached keys and values, read once.
+// of the layers and the cached keys and values, read once.
 
 #include <algorithm>
 #include <limits>
@@ -169,78 +170,151 @@ void add_product(const DenseRows& rows, const Tensor& weight, const float* x, fl
   });
 }
 
-Tensor decoder_step(const Tensor& x_in, const Tensor& norm, const Tensor& query, const Tensor& key,
-                    const Tensor& value, const Tensor& out_weight, const Tensor& post_norm,
-                    const Tensor& gate_weight, const Tensor& up, const Tensor& down, Tensor keys,
-                    Tensor values, const Tensor& position, const Tensor& filling, const Tensor& cos,
-                    const Tensor& sin, double eps, double post_eps, double scale) {
-  const Tensor x = torch::stable::contiguous(x_in);
-  const int64_t batch = x.size(0);
-  const int64_t hidden_size = x.size(1);
-  Tensor out = torch::stable::new_empty(x, {batch, hidden_size});
-  if (batch == 0) return out;
-  const int64_t key_heads = keys.size(1);
-  const int64_t capacity = keys.size(2);
-  const int64_t width = keys.size(3);
-  const int64_t group = query.size(0) / (key_heads * width);
-  const int64_t seen_size = query.size(0);
-  const int64_t at = *position.const_data_ptr<int64_t>();
-  const int64_t* const filled = filling.const_data_ptr<int64_t>();
-  const float* const in = data_of(x);
-  std::vector<float> seen(static_cast<size_t>(batch * seen_size));
+// Weights of a layer, in the order in which they come.
+struct Layer {
+  static constexpr size_t kTensors = 9;
 
-  torch::stable::parallel_for(0, key_heads, 1, [&](int64_t begin, int64_t end) {
+  const Tensor& norm;
+  const Tensor& query;
+  const Tensor& key;
+  const Tensor& value;
+  const Tensor& out;
+  const Tensor& post_norm;
+  const Tensor& gate;
+  const Tensor& up;
+  const Tensor& down;
+  double eps;
+  double post_eps;
+};
+
+// Cached keys and values of a layer, [batch, key_heads, capacity, width], and where to go on.
+struct Cache {
+  float* keys;
+  float* values;
+  int64_t batch;
+  int64_t key_heads;
+  int64_t capacity;
+  int64_t width;
+  int64_t position;
+  const int64_t* filling;
+  const float* cos;
+  const float* sin;
+  float scale;
+};
+
+// seen [batch, heads * width] = attention(norm(x)); the new keys and values join the cache.
+void attend_rows(const float* x, const Layer& layer, const Cache& cache, float* seen) {
+  const int64_t width = cache.width;
+  const int64_t hidden_size = layer.norm.size(0);
+  const int64_t seen_size = layer.query.size(0);
+  const int64_t group = seen_size / (cache.key_heads * width);
+  torch::stable::parallel_for(0, cache.key_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> memory;
-    const DenseRows rows = normed(in, norm, eps, batch, memory);
+    const DenseRows rows = normed(x, layer.norm, layer.eps, cache.batch, memory);
     const int64_t query_size = group * width;
     const int64_t stride = query_size + 2 * width;
-    std::vector<float> heads(static_cast<size_t>(batch * stride));
-    std::vector<float> weights(static_cast<size_t>(at + 1));
+    std::vector<float> heads(static_cast<size_t>(cache.batch * stride));
+    std::vector<float> weights(static_cast<size_t>(cache.position + 1));
     for (int64_t h = begin; h < end; ++h) {
       float* const queries = heads.data();
       float* const new_key = queries + query_size;
       float* const new_value = new_key + width;
-      multiply(rows, {data_of(query) + h * query_size * hidden_size, query_size, queries, stride});
-      multiply(rows, {data_of(key) + h * width * hidden_size, width, new_key, stride});
-      multiply(rows, {data_of(value) + h * width * hidden_size, width, new_value, stride});
-      for (int64_t b = 0; b < batch; ++b) {
-        const int64_t place = at - filled[b];
-        const float* const cos_row = data_of(cos) + place * width;
-        const float* const sin_row = data_of(sin) + place * width;
-        float* const of_head =
-            keys.mutable_data_ptr<float>() + (b * key_heads + h) * capacity * width;
-        float* const values_of_head =
-            values.mutable_data_ptr<float>() + (b * key_heads + h) * capacity * width;
-        rotate(new_key + b * stride, cos_row, sin_row, width);
-        std::copy_n(new_key + b * stride, width, of_head + at * width);
-        std::copy_n(new_value + b * stride, width, values_of_head + at * width);
+      multiply(rows,
+               {data_of(layer.query) + h * query_size * hidden_size, query_size, queries, stride});
+      multiply(rows, {data_of(layer.key) + h * width * hidden_size, width, new_key, stride});
+      multiply(rows, {data_of(layer.value) + h * width * hidden_size, width, new_value, stride});
+      for (int64_t b = 0; b < cache.batch; ++b) {
+        const int64_t first = cache.filling[b];
+        const int64_t place = cache.position - first;
+        const float* const cos = cache.cos + place * width;
+        const float* const sin = cache.sin + place * width;
+        const int64_t of_head = (b * cache.key_heads + h) * cache.capacity * width;
+        float* const keys = cache.keys + of_head;
+        float* const values = cache.values + of_head;
+        rotate(new_key + b * stride, cos, sin, width);
+        std::copy_n(new_key + b * stride, width, keys + cache.position * width);
+        std::copy_n(new_value + b * stride, width, values + cache.position * width);
         for (int64_t g = 0; g < group; ++g) {
-          float* const q = queries + b * stride + g * width;
-          rotate(q, cos_row, sin_row, width);
-          attend({q, of_head + filled[b] * width, values_of_head + filled[b] * width,
-                  seen.data() + b * seen_size + (h * group + g) * width, weights.data(), place + 1,
-                  width, static_cast<float>(scale)});
+          float* const query = queries + b * stride + g * width;
+          rotate(query, cos, sin, width);
+          attend({query, keys + first * width, values + first * width,
+                  seen + b * seen_size + (h * group + g) * width, weights.data(), place + 1, width,
+                  cache.scale});
         }
       }
     }
   });
+}
 
-  float* const result = out.mutable_data_ptr<float>();
-  std::vector<float> middle(static_cast<size_t>(batch * hidden_size));
-  add_product({seen.data(), batch, seen_size}, out_weight, in, middle.data());
+// Working memory of one call.
+struct Memory {
+  std::vector<float> seen;
+  std::vector<float> middle;
+  std::vector<float> product;
+};
 
-  const int64_t size = gate_weight.size(0);
-  std::vector<float> product(static_cast<size_t>(2 * batch * size));
+// x [batch, H] to to [batch, H], which may be x
+void run_layer(const float* x, const Layer& layer, const Cache& cache, Memory& memory, float* to) {
+  const int64_t batch = cache.batch;
+  const int64_t hidden_size = layer.norm.size(0);
+  const int64_t seen_size = layer.query.size(0);
+  const int64_t size = layer.gate.size(0);
+  memory.seen.resize(static_cast<size_t>(batch * seen_size));
+  memory.middle.resize(static_cast<size_t>(batch * hidden_size));
+  memory.product.resize(static_cast<size_t>(2 * batch * size));
+  attend_rows(x, layer, cache, memory.seen.data());
+  add_product({memory.seen.data(), batch, seen_size}, layer.out, x, memory.middle.data());
   for_shares(size, [&](int64_t first, int64_t count) {
-    std::vector<float> memory;
-    const DenseRows rows = normed(middle.data(), post_norm, post_eps, batch, memory);
-    float* const gates = product.data() + first;
+    std::vector<float> own;
+    const DenseRows rows =
+        normed(memory.middle.data(), layer.post_norm, layer.post_eps, batch, own);
+    float* const gates = memory.product.data() + first;
     float* const ups = gates + batch * size;
-    multiply(rows, {data_of(gate_weight) + first * hidden_size, count, gates, size});
-    multiply(rows, {data_of(up) + first * hidden_size, count, ups, size});
+    multiply(rows, {data_of(layer.gate) + first * hidden_size, count, gates, size});
+    multiply(rows, {data_of(layer.up) + first * hidden_size, count, ups, size});
     gate(gates, ups, batch, size, count);
   });
-  add_product({product.data(), batch, size}, down, middle.data(), result);
+  add_product({memory.product.data(), batch, size}, layer.down, memory.middle.data(), to);
+}
+
+Tensor decoder_step(const Tensor& x_in, std::vector<Tensor> weights, Tensor keys, Tensor values,
+                    const Tensor& position, const Tensor& filling, const Tensor& cos,
+                    const Tensor& sin, std::vector<double> eps, double scale) {
+  const Tensor x = torch::stable::contiguous(x_in);
+  const int64_t batch = x.size(0);
+  Tensor out = torch::stable::new_empty(x, {batch, x.size(1)});
+  if (batch == 0) return out;
+  const size_t num_layers = static_cast<size_t>(keys.size(0));
+  STD_TORCH_CHECK(
+      weights.size() == num_layers * Layer::kTensors + 1 && eps.size() == 2 * num_layers + 1,
+      "decoder_step: expected weights and eps of ", num_layers, " layers and of a norm; got ",
+      weights.size(), " and ", eps.size());
+  const int64_t cached = keys.numel() / keys.size(0);
+  const float* in = data_of(x);
+  float* const result = out.mutable_data_ptr<float>();
+  Memory memory;
+  for (size_t i = 0; i < num_layers; ++i) {
+    const Tensor* const w = weights.data() + i * Layer::kTensors;
+    const int64_t first = static_cast<int64_t>(i) * cached;
+    const Layer layer{w[0], w[1], w[2], w[3],       w[4],          w[5],
+                      w[6], w[7], w[8], eps[2 * i], eps[2 * i + 1]};
+    const Cache cache{keys.mutable_data_ptr<float>() + first,
+                      values.mutable_data_ptr<float>() + first,
+                      batch,
+                      keys.size(2),
+                      keys.size(3),
+                      keys.size(4),
+                      *position.const_data_ptr<int64_t>(),
+                      filling.const_data_ptr<int64_t>(),
+                      data_of(cos),
+                      data_of(sin),
+                      static_cast<float>(scale)};
+    run_layer(in, layer, cache, memory, result);
+    in = result;
+  }
+  std::vector<float> own;
+  const DenseRows rows = normed(in, weights.back(), eps.back(), batch, own);
+  std::copy_n(rows.data, batch * rows.size, result);
   return out;
 }
 

@@ -1,4 +1,4 @@
-"""A decoder layer on one new position against the same layer in float64 over whole sequences."""
+"""Decoder layers on one new position against the same in float64, a sequence and head at a time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import calm_kernels
-from calm_kernels.ops.decoder_step import DecoderLayerWeights, decoder_step
+from calm_kernels.ops.decoder_step import DecoderLayerWeights, DecoderWeights, decoder_step
 
 BACKENDS = ["auto", "reference"]
-EPS, POST_EPS = 1e-5, 3e-3
+EPS, POST_EPS, LAST_EPS = 1e-5, 3e-3, 2e-2
 
 
-class Layer:
+NUM_LAYERS = 3
+
+
+class Layers:
     """Random weights, sequences of different beginnings, and their cached keys and values."""
 
     def __init__(
@@ -33,23 +36,28 @@ class Layer:
     ) -> None:
         self._generator = torch.Generator().manual_seed(batch + hidden_size + at)
         heads = key_heads * group
-        self.weights = DecoderLayerWeights(
-            norm=self._normal(hidden_size) + 1,
-            query=self._weight(heads * width, hidden_size),
-            key=self._weight(key_heads * width, hidden_size),
-            value=self._weight(key_heads * width, hidden_size),
-            out=self._weight(hidden_size, heads * width),
-            post_norm=self._normal(hidden_size) + 1,
-            gate=self._weight(size, hidden_size),
-            up=self._weight(size, hidden_size),
-            down=self._weight(hidden_size, size),
-            eps=EPS,
-            post_eps=POST_EPS,
-        )
+        layers = [
+            DecoderLayerWeights(
+                norm=self._normal(hidden_size) + 1,
+                query=self._weight(heads * width, hidden_size),
+                key=self._weight(key_heads * width, hidden_size),
+                value=self._weight(key_heads * width, hidden_size),
+                out=self._weight(hidden_size, heads * width),
+                post_norm=self._normal(hidden_size) + 1,
+                gate=self._weight(size, hidden_size),
+                up=self._weight(size, hidden_size),
+                down=self._weight(hidden_size, size),
+                eps=EPS * (i + 1),
+                post_eps=POST_EPS * (i + 1),
+            )
+            for i in range(NUM_LAYERS)
+        ]
+        self.layers, self.norm = layers, self._normal(hidden_size) + 1
+        self.weights = DecoderWeights(layers, self.norm, LAST_EPS)
         self.x = self._normal(batch, hidden_size)
-        shape = (batch, key_heads, capacity, width)
+        shape = (NUM_LAYERS, batch, key_heads, capacity, width)
         self.keys, self.values = self._normal(*shape), self._normal(*shape)
-        self.keys[:, :, at:] = self.values[:, :, at:] = torch.nan  # never to be read
+        self.keys[..., at:, :] = self.values[..., at:, :] = torch.nan  # never to be read
         self.position = torch.tensor([at])
         self.filling = torch.randint(0, at + 1, (batch,), generator=self._generator)
         angles = torch.rand(capacity, width // 2, generator=self._generator) * 6
@@ -66,7 +74,10 @@ class Layer:
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """(result, keys, values) of the operator."""
         keys, values = self.keys.clone(), self.values.clone()
-        result = decoder_step(
+        return self.call(keys, values), keys, values
+
+    def call(self, keys: Tensor, values: Tensor) -> Tensor:
+        return decoder_step(
             self.x,
             self.weights,
             keys,
@@ -76,21 +87,27 @@ class Layer:
             self.rotary,
             scale=self.scale,
         )
-        return result, keys, values
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The same, a sequence and a head at a time."""
-        w = {f.name: getattr(self.weights, f.name) for f in fields(self.weights)}
-        w = {name: v.to(dtype) for name, v in w.items() if isinstance(v, Tensor)}
         keys, values, x = self.keys.to(dtype), self.values.to(dtype), self.x.to(dtype)
+        for i, layer in enumerate(self.layers):
+            x = self._plain_layer(layer, x, keys[i], values[i])
+        return F.rms_norm(x, x.shape[1:], self.norm.to(dtype), LAST_EPS), keys, values
+
+    def _plain_layer(
+        self, layer: DecoderLayerWeights, x: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        w = {f.name: getattr(layer, f.name) for f in fields(layer)}
+        w = {name: v.to(x.dtype) for name, v in w.items() if isinstance(v, Tensor)}
         key_heads, _, width = keys.shape[1:]
         at = int(self.position)
         rows = []
         for b, start in enumerate(self.filling.tolist()):
-            normed = F.rms_norm(x[b], w["norm"].shape, w["norm"], EPS)
+            normed = F.rms_norm(x[b], w["norm"].shape, w["norm"], layer.eps)
             query = (w["query"] @ normed).view(key_heads, -1, width)
             key, value = (w[name] @ normed for name in ("key", "value"))
-            angle = [table[at - start].to(dtype) for table in self.rotary]
+            angle = [table[at - start].to(x.dtype) for table in self.rotary]
             keys[b, :, at] = rotated(key.view(key_heads, width), angle)
             values[b, :, at] = value.view(key_heads, width)
             seen = []
@@ -98,9 +115,9 @@ class Layer:
                 scores = rotated(query[h], angle) @ keys[b, h, start : at + 1].t() * self.scale
                 seen.append(scores.softmax(dim=-1) @ values[b, h, start : at + 1])
             y = x[b] + w["out"] @ torch.stack(seen).flatten()
-            m = F.rms_norm(y, w["post_norm"].shape, w["post_norm"], POST_EPS)
+            m = F.rms_norm(y, w["post_norm"].shape, w["post_norm"], layer.post_eps)
             rows.append(y + w["down"] @ (F.silu(w["gate"] @ m) * (w["up"] @ m)))
-        return torch.stack(rows), keys, values
+        return torch.stack(rows)
 
 
 def rotated(heads: Tensor, angle: list[Tensor]) -> Tensor:
@@ -123,10 +140,10 @@ SHAPES: list[dict[str, int]] = [
 def test_errors_are_those_of_plain_float32(
     shape: dict[str, int], capacity: int, at: int, backend: str
 ) -> None:
-    layer = Layer(**shape, capacity=capacity, at=at)
-    exact, plain = layer.plain(torch.float64), layer.plain(torch.float32)
+    layers = Layers(**shape, capacity=capacity, at=at)
+    exact, plain = layers.plain(torch.float64), layers.plain(torch.float32)
     with calm_kernels.backend(backend):
-        results = layer.run()
+        results = layers.run()
     for result, right, ordinary in zip(results, exact, plain, strict=True):
         right, ordinary = right.nan_to_num(), ordinary.nan_to_num().double()
         error = float((result.nan_to_num().double() - right).norm())
@@ -135,88 +152,86 @@ def test_errors_are_those_of_plain_float32(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_new_slot_is_written(backend: str) -> None:
-    layer = Layer(**SHAPES[1], capacity=30, at=12)
+    layers = Layers(**SHAPES[1], capacity=30, at=12)
     with calm_kernels.backend(backend):
-        _, keys, values = layer.run()
-    for cached, before in ((keys, layer.keys), (values, layer.values)):
+        _, keys, values = layers.run()
+    for cached, before in ((keys, layers.keys), (values, layers.values)):
         changed = ~torch.isclose(cached, before, rtol=0.0, atol=0.0, equal_nan=True)
-        assert changed[:, :, 12].all() and int(changed.sum()) == changed[:, :, 12].numel()
+        assert changed[..., 12, :].all() and int(changed.sum()) == changed[..., 12, :].numel()
 
 
 def test_no_sequences_and_large_scores() -> None:
-    layer = Layer(**{**SHAPES[1], "batch": 0}, capacity=5, at=0)
-    assert layer.run()[0].shape == (0, 64)
-    layer = Layer(**SHAPES[1], capacity=30, at=12)
-    layer.scale = 1e4  # one position takes all
-    result, _, _ = layer.run()
-    exact, _, _ = layer.plain(torch.float64)
+    layers = Layers(**{**SHAPES[1], "batch": 0}, capacity=5, at=0)
+    assert layers.run()[0].shape == (0, 64)
+    layers = Layers(**SHAPES[1], capacity=30, at=12)
+    layers.scale = 1e4  # one position takes all
+    result, _, _ = layers.run()
+    exact, _, _ = layers.plain(torch.float64)
     torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_results_do_not_depend_on_threads_or_other_sequences() -> None:
-    layer = Layer(**SHAPES[1], capacity=30, at=12)
-    result, keys, _ = layer.run()
+    layers = Layers(**SHAPES[1], capacity=30, at=12)
+    result, keys, _ = layers.run()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(layer.run()[0], result)
+        assert torch.equal(layers.run()[0], result)
     finally:
         torch.set_num_threads(threads)
-    for name in ("x", "keys", "values", "filling"):
-        setattr(layer, name, getattr(layer, name)[3:4].clone())
-    alone, its_keys, _ = layer.run()
+    layers.x, layers.filling = layers.x[3:4], layers.filling[3:4]
+    layers.keys, layers.values = (t[:, 3:4].contiguous() for t in (layers.keys, layers.values))
+    alone, its_keys, _ = layers.run()
     assert torch.equal(alone, result[3:4])
-    assert torch.equal(its_keys[:, :, 12], keys[3:4, :, 12])
+    assert torch.equal(its_keys[..., 12, :], keys[:, 3:4, :, 12])
 
 
 def test_wrong_arguments_are_named() -> None:
     def fails(match: str, **changes: Any) -> None:
-        layer = Layer(**SHAPES[1], capacity=30, at=12)
+        layers = Layers(**SHAPES[1], capacity=30, at=12)
         for name, value in changes.items():
-            setattr(layer, name, value)
+            setattr(layers, name, value)
         with pytest.raises((TypeError, ValueError), match=match):
-            layer.run()
+            layers.call(layers.keys, layers.values)
 
-    layer = Layer(**SHAPES[1], capacity=30, at=12)
-    fails("x: expected dtype float32", x=layer.x.double())
-    fails("keys: expected shape", keys=layer.keys[:3])
-    fails("values: expected shape", values=layer.values[:, :, :20])
-    fails("key_heads \\* width", keys=layer.keys[:, :1], values=layer.values[:, :1])
+    layers = Layers(**SHAPES[1], capacity=30, at=12)
+    fails("x: expected dtype float32", x=layers.x.double())
+    fails("keys: expected shape", keys=layers.keys[:2])
+    fails("keys: expected shape", keys=layers.keys[:, :3])
+    fails("values: expected shape", values=layers.values[..., :20, :])
+    fails("key_heads \\* width", keys=layers.keys[:, :, :1], values=layers.values[:, :, :1])
     fails("expected 0 <= filling <= position < 30", position=torch.tensor([30]))
     fails("expected 0 <= filling <= position < 30", position=torch.tensor([-1]))
     fails("expected 0 <= filling", filling=torch.full((8,), 13))
-    fails("rotary: expected shape", rotary=tuple(t[:29] for t in layer.rotary))
-    with pytest.raises(ValueError, match="keys, values: expected contiguous"):
-        layer.keys = layer.keys.transpose(0, 1).contiguous().transpose(0, 1)
-        decoder_step(
-            layer.x,
-            layer.weights,
-            layer.keys,
-            layer.values,
-            layer.position,
-            layer.filling,
-            layer.rotary,
-            scale=1.0,
-        )
-    parts = {f.name: getattr(layer.weights, f.name) for f in fields(layer.weights)}
+    fails("rotary: expected shape", rotary=tuple(t[:29] for t in layers.rotary))
+    scattered = layers.keys.transpose(1, 2).contiguous().transpose(1, 2)
+    fails("keys, values: expected contiguous", keys=scattered)
+    parts = {f.name: getattr(layers.layers[0], f.name) for f in fields(layers.layers[0])}
     with pytest.raises(ValueError, match="down: expected shape"):
         DecoderLayerWeights(**{**parts, "down": parts["down"].t()})
+    narrow = {name: parts[name][:50] for name in ("gate", "up")}
+    narrower = DecoderLayerWeights(**{**parts, **narrow, "down": parts["down"][:, :50]})
+    with pytest.raises(ValueError, match="layers: expected the same sizes"):
+        DecoderWeights([*layers.layers, narrower], layers.norm, LAST_EPS)
+    with pytest.raises(ValueError, match="layers: expected at least one"):
+        DecoderWeights([], layers.norm, LAST_EPS)
+    with pytest.raises(ValueError, match="norm: expected shape"):
+        DecoderWeights(layers.layers, layers.norm[1:], LAST_EPS)
 
 
 def test_the_operator_passes_opcheck() -> None:
-    layer = Layer(**SHAPES[2], capacity=9, at=4)
-    layer.keys, layer.values = layer.keys.nan_to_num(), layer.values.nan_to_num()
+    layers = Layers(**SHAPES[2], capacity=9, at=4)
+    layers.keys, layers.values = layers.keys.nan_to_num(), layers.values.nan_to_num()
     arguments = (
-        layer.x,
-        *layer.weights.tensors,
-        layer.keys,
-        layer.values,
-        layer.position,
-        layer.filling,
-        *layer.rotary,
-        EPS,
-        POST_EPS,
-        layer.scale,
+        layers.x,
+        layers.weights.tensors,
+        layers.keys,
+        layers.values,
+        layers.position,
+        layers.filling,
+        *layers.rotary,
+        layers.weights.eps,
+        layers.scale,
     )
     operators = torch.ops.calm_kernels.decoder_step
     for overload in (operators.default, operators.reference):
