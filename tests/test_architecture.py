@@ -36,6 +36,7 @@ OPERATIONS = (
     "linear_cross_entropy",
     "patch_codec",
     "random",
+    "repeated_draws",
     "rms_norm",
     "rotary_attention",
     "row_layers",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calm_kernels.nn.packed import PackedDecoder
 from calm_kernels.nn.patch_codec import PatchDecoder
+from calm_kernels.ops.repeated_draws import repeated_draws
 
 _WORTH_NO_LOOK = 64
 """So few tokens are decoded at once: reading the weights takes longer than multiplying."""
@@ -54,9 +55,8 @@ class Contenders:
     def _decode(self, fewest: Tensor) -> None:
         tokens = self.tokens.flatten(0, 1)
         rows = torch.arange(len(tokens), device=tokens.device)
-        sequences = rows % self._num_sequences
-        alike = sequences  # equal for draws that are equal so far
-        vocab_size, patch_size = self._decoder.lm_head_weight.shape[0], tokens.shape[1]
+        groups = rows % self._num_sequences
+        patch_size = tokens.shape[1]
         place = 0
         while len(rows) > 0:
             few = len(rows) * (patch_size - place) <= _WORTH_NO_LOOK
@@ -67,11 +67,7 @@ class Contenders:
             if stop == patch_size:
                 return
             place = stop
-            _, alike, counts = torch.unique(
-                alike * vocab_size + decoded.squeeze(1), return_inverse=True, return_counts=True
-            )
-            goes_on = counts[alike] >= fewest[sequences[rows]]
-            rows, alike = rows[goes_on], alike[goes_on]
+            rows, groups = repeated_draws(rows, groups, decoded.squeeze(1), fewest)
 
     def complete(self, patches: Tensor) -> Tensor:
         """Patches of which the vote chose one for each sequence, int64 [A, K], fully decoded."""

@@ -20,6 +20,7 @@ from calm_kernels.ops.patch_codec import (
     squeezed_tables,
 )
 from calm_kernels.ops.random import philox_normal, philox_uniform
+from calm_kernels.ops.repeated_draws import repeated_draws
 from calm_kernels.ops.rms_norm import rms_norm
 from calm_kernels.ops.rotary_attention import rotary_attention
 from calm_kernels.ops.row_layers import RowLayers
@@ -51,6 +52,7 @@ __all__ = [
     "linear_cross_entropy",
     "philox_normal",
     "philox_uniform",
+    "repeated_draws",
     "rms_norm",
     "rotary_attention",
     "squeeze_patches",
