@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -157,9 +158,10 @@ void forward(const Tensor& e, const Tensor& condition, int64_t num_samples, cons
     const int64_t count = std::min(block, num_rows - start);
     const Tensor read = rows(operand, 0, count);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
+      const RowTarget<S> normed{row_of<S>(operand, first), size};
       run_rows<S>(LayerNormRows<S>{row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(),
-                                   weights.norm_bias.const_data_ptr<S>(), row_of<S>(operand, first),
-                                   mean + first, rstd + first, n, size, eps});
+                                   weights.norm_bias.const_data_ptr<S>(), normed, mean + first,
+                                   rstd + first, n, size, eps});
     });
     Tensor first_in = keeps ? rows(kept.first, start, count) : rows(narrow_passing, 0, count);
     multiply(first_in, read, of_sample, left);
@@ -235,9 +237,21 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
   };
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
+    // What the forward's matmuls read goes into `product` or, where one of this library's products
+    // reads it, into packed order.
+    const bool packs = weight_grads && multiplies(rows(product, 0, count), size);
+    if (packs) memory->activations.prepare(count, size);
+    const auto activations = [&](Tensor& plain, int64_t first) {
+      if constexpr (std::is_same_v<S, float>) {
+        PackedRight& packed = memory->activations;
+        if (packs) return RowTarget<S>{packed.data(), size, first, count, packed.step()};
+      }
+      return RowTarget<S>{row_of<S>(plain, first), size};
+    };
     const auto accumulate = [&](Tensor sum, const Tensor& a, const Tensor& b) {
       if (!weight_grads) return;
-      const RightOperand right(b, size, memory->activations);
+      const RightOperand right =
+          packs ? RightOperand(memory->activations) : RightOperand(b, size, memory->activations);
       if (start == 0) {
         multiply(sum, transposed(a), right, left);
       } else {
@@ -254,16 +268,16 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
     multiply(some_product, some_grad_out, down, left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       run_rows<S>(GatedBackwardRows<S>{row_of<S>(kept.gate_up, start + first),
-                                       row_of<S>(product, first), row_of<S>(grad_gate_up, first),
+                                       row_of<S>(std::as_const(product), first),
+                                       activations(product, first), row_of<S>(grad_gate_up, first),
                                        sums(first, kOutBias), n, size});
     });
     accumulate(gradients.weights.down, some_grad_out, some_product);
 
-    // From here on `product` holds the activations that the matmuls of the forward read.
     const auto silu_backward = [&](const Tensor& x, Tensor& grad, Sum sum) {
       for_row_tasks(count, [&](int64_t first, int64_t n) {
         run_rows<S>(SiluBackwardRows<S>{row_of<S>(x, start + first), row_of<S>(grad, first),
-                                        row_of<S>(product, first), sums(first, sum), n, size});
+                                        activations(product, first), sums(first, sum), n, size});
       });
     };
     multiply(some_second, some_gate_up, out_weight, left);
@@ -283,8 +297,9 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
         });
     for_row_tasks(count, [&](int64_t first, int64_t n) {
       run_rows<S>(LayerNormRows<S>{row_of<S>(e, start + first), weights.norm.const_data_ptr<S>(),
-                                   weights.norm_bias.const_data_ptr<S>(), row_of<S>(normed, first),
-                                   mean + first, rstd + first, n, size, eps});
+                                   weights.norm_bias.const_data_ptr<S>(),
+                                   activations(normed, first), mean + first, rstd + first, n, size,
+                                   eps});
     });
     if (weight_grads) {
       accumulate(columns(gradients.weights.in, 0, size), some_first, some_normed);
@@ -302,12 +317,14 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
   if (!weight_grads) return;
   multiply(columns(gradients.weights.in, size, size), transposed(grad_shared),
            RightOperand(condition, size, memory->activations), left);
+  const T* const parts = row_of<T>(std::as_const(partial), 0);
   const auto finish = [&](Tensor& sum, Sum which) {
-    S* values = sum.mutable_data_ptr<S>();
-    for (int64_t h = 0; h < sum.size(0); ++h) {
+    S* const values = sum.mutable_data_ptr<S>();
+    const int64_t count = sum.size(0);
+    for (int64_t h = 0; h < count; ++h) {
       T total = 0;
       for (int64_t task = 0; task < num_tasks; ++task) {
-        total += row_of<T>(std::as_const(partial), task)[which * size + h];
+        total += parts[(task * kSums + which) * size + h];
       }
       values[h] = static_cast<S>(total);
     }

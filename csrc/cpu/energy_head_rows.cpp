@@ -31,13 +31,21 @@ CALM_INLINE void add_lanes(T* sum, const Vector<T>& v, Count count) {
   store_lanes<T>(sum, load_lanes<T>(sum, count) + v, count);
 }
 
+// Number i of a row of a target.
+template <typename S>
+CALM_INLINE S* place(S* row, int64_t panel_stride, int64_t i) {
+  constexpr int64_t kPanel = RowTarget<S>::kPanel;
+  return row + i / kPanel * panel_stride + i % kPanel;
+}
+
 template <typename S>
 CALM_INLINE void run(const LayerNormRows<S>& rows) {
   using T = ComputeOf<S>;
   const T inverse_size = T(1) / static_cast<T>(rows.size);
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const S* x = rows.x + r * rows.size;
-    S* normed = rows.normed + r * rows.size;
+    S* normed = rows.normed.row(r);
+    const int64_t panel_stride = rows.normed.panel_stride(r);
     Vector<T> total{};
     for_lanes<S>(rows.size, CALM_STEP { total += load_lanes<S>(x + i, count); });
     const T mean = sum_lanes<T>(total) * inverse_size;
@@ -59,7 +67,7 @@ CALM_INLINE void run(const LayerNormRows<S>& rows) {
         rows.size, CALM_STEP {
           const Vector<T> unit = (load_lanes<S>(x + i, count) - mean) * rstd;
           store_lanes<S>(
-              normed + i,
+              place(normed, panel_stride, i),
               unit * load_lanes<S>(rows.weight + i, count) + load_lanes<S>(rows.bias + i, count),
               count);
         });
@@ -130,14 +138,15 @@ CALM_INLINE void run(const SiluBackwardRows<S>& rows) {
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const S* x = rows.x + r * rows.size;
     S* grad = rows.grad + r * rows.size;
-    S* activated = rows.activated + r * rows.size;
+    S* activated = rows.activated.row(r);
+    const int64_t panel_stride = rows.activated.panel_stride(r);
     for_lanes<S>(
         rows.size, CALM_STEP {
           const Vector<T> v = load_lanes<S>(x + i, count);
           const Vector<T> sigmoid = sigmoid_lanes<T>(v);
           const Vector<T> slope = sigmoid * (T(1) + v * (T(1) - sigmoid));
           const Vector<T> g = load_lanes<S>(grad + i, count) * slope;
-          store_lanes<S>(activated + i, v * sigmoid, count);
+          store_lanes<S>(place(activated, panel_stride, i), v * sigmoid, count);
           store_lanes<S>(grad + i, g, count);
           add_lanes(rows.grad_sum + i, g, count);
         });
@@ -168,18 +177,20 @@ CALM_INLINE void run(const GatedBackwardRows<S>& rows) {
   using T = ComputeOf<S>;
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const S* gates = rows.gate_up + r * 2 * rows.size;
-    S* product = rows.product + r * rows.size;
+    const S* grad_row = rows.grad + r * rows.size;
+    S* product = rows.product.row(r);
+    const int64_t panel_stride = rows.product.panel_stride(r);
     S* grads = rows.grad_gate_up + r * 2 * rows.size;
     for_lanes<S>(
         rows.size, CALM_STEP {
           const Vector<T> gate = load_lanes<S>(gates + i, count);
           const Vector<T> up = load_lanes<S>(gates + rows.size + i, count);
-          const Vector<T> grad = load_lanes<S>(product + i, count);
+          const Vector<T> grad = load_lanes<S>(grad_row + i, count);
           const Vector<T> sigmoid = sigmoid_lanes<T>(gate);
           const Vector<T> activated = gate * sigmoid;
           const Vector<T> grad_gate = grad * up * (sigmoid * (T(1) + gate * (T(1) - sigmoid)));
           const Vector<T> grad_up = grad * activated;
-          store_lanes<S>(product + i, activated * up, count);
+          store_lanes<S>(place(product, panel_stride, i), activated * up, count);
           store_lanes<S>(grads + i, grad_gate, count);
           store_lanes<S>(grads + rows.size + i, grad_up, count);
           add_lanes(rows.grad_sum + i, grad_gate, count);

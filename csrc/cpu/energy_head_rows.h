@@ -3,11 +3,38 @@
 // is in float (double for double). Row r belongs to position r / num_samples.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/lane_rows.h"
 
 namespace calm {
+
+// Where a step writes rows that a product reads: dense, or as the right operand of one in packed
+// order (cpu/sgemm.h), which is then not packed again.
+template <typename S>
+struct RowTarget {
+  S* data;
+  int64_t size;
+  // Of the packed order; zero for dense rows.
+  int64_t first = 0;  // row that the step's row 0 is of the operand
+  int64_t depth = 0;  // rows of the operand
+  int64_t step = 0;
+
+  S* row(int64_t r) const {
+    if (step == 0) return data + r * size;
+    const int64_t start = (first + r) / step * step;
+    return data + start * num_panels() * kPanel + (first + r - start) * kPanel;
+  }
+  // Number i of a row is at row(r)[i / kPanel * panel_stride(r) + i % kPanel].
+  int64_t panel_stride(int64_t r) const {
+    if (step == 0) return kPanel;
+    return std::min(step, depth - (first + r) / step * step) * kPanel;
+  }
+
+  static constexpr int64_t kPanel = 32;
+  int64_t num_panels() const { return (size + kPanel - 1) / kPanel; }
+};
 
 // normed = (x - mean) * rstd * weight + bias with the row's own mean and rstd, which are kept.
 template <typename S>
@@ -15,7 +42,7 @@ struct LayerNormRows {
   const S* x;
   const S* weight;
   const S* bias;
-  S* normed;
+  RowTarget<S> normed;
   ComputeOf<S>* mean;
   ComputeOf<S>* rstd;
   int64_t num_rows;
@@ -58,7 +85,7 @@ template <typename S>
 struct SiluBackwardRows {
   const S* x;
   S* grad;
-  S* activated;
+  RowTarget<S> activated;
   ComputeOf<S>* grad_sum;
   int64_t num_rows;
   int64_t size;
@@ -76,12 +103,13 @@ struct GatedRows {
   int64_t size;
 };
 
-// product holds its own gradient and becomes silu(gate) * up; grad_gate_up is written and added to
-// grad_sum [2 size].
+// product = silu(gate) * up, of which grad is the gradient; grad_gate_up is written and added to
+// grad_sum [2 size]. product may lie where grad does.
 template <typename S>
 struct GatedBackwardRows {
   const S* gate_up;
-  S* product;
+  const S* grad;
+  RowTarget<S> product;
   S* grad_gate_up;
   ComputeOf<S>* grad_sum;
   int64_t num_rows;

@@ -226,10 +226,11 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
     });
   }
   if (!weight_grads) return;
-  S* grad_norm_weight = gradients.norm_weight.mutable_data_ptr<S>();
+  S* const grad_norm_weight = gradients.norm_weight.mutable_data_ptr<S>();
+  const T* const parts = row_of<T>(std::as_const(partial), 0);
   for (int64_t h = 0; h < hidden_size; ++h) {
     T sum = 0;
-    for (int64_t task = 0; task < num_tasks; ++task) sum += row_of<T>(partial, task)[h];
+    for (int64_t task = 0; task < num_tasks; ++task) sum += parts[task * hidden_size + h];
     grad_norm_weight[h] = static_cast<S>(sum);
   }
 }

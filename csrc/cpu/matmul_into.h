@@ -53,15 +53,18 @@ class RightOperand {
   // `left_rows` will be multiplied by it; `packed` is overwritten and used until the end.
   RightOperand(const Tensor& matrix, int64_t left_rows, PackedRight& packed)
       : matrix_(matrix), packed_(multiplies(matrix, left_rows) ? &packed : nullptr) {
-    if (packed_ != nullptr) packed_->pack(matrix_of(matrix));
+    if (packed_ != nullptr) packed.pack(matrix_of(matrix));
   }
+
+  // One that was filled in packed order.
+  explicit RightOperand(const PackedRight& packed) : packed_(&packed) {}
 
   const Tensor& matrix() const { return matrix_; }
   const PackedRight* packed() const { return packed_; }
 
  private:
   Tensor matrix_;
-  PackedRight* packed_;
+  const PackedRight* packed_;
 };
 
 // out = a b; `left` is working memory.

@@ -136,7 +136,8 @@ struct Task {
       float mean;
       float rstd;
       if (layer.kind == Kind::kLayerNorm) {
-        run_rows<float>(LayerNormRows<float>{x, layer.weight, layer.bias, normed, &mean, &rstd, 1,
+        const RowTarget<float> target{normed, layer.depth};
+        run_rows<float>(LayerNormRows<float>{x, layer.weight, layer.bias, target, &mean, &rstd, 1,
                                              layer.depth, layer.eps});
       } else {
         rms_norm<float>(

@@ -204,12 +204,18 @@ bool sgemm_serves() {
 #endif
 }
 
-void PackedRight::pack(const Matrix<const float>& b) {
-  rows_ = b.rows;
-  columns_ = b.columns;
+void PackedRight::prepare(int64_t rows, int64_t columns) {
+  rows_ = rows;
+  columns_ = columns;
   num_panels_ = ceil_div(columns_, kTileColumns);
   data_.at_least(rows_ * num_panels_ * kTileColumns);
-  const int64_t step = step_size(rows_);
+}
+
+int64_t PackedRight::step() const { return step_size(rows_); }
+
+void PackedRight::pack(const Matrix<const float>& b) {
+  prepare(b.rows, b.columns);
+  const int64_t step = this->step();
   const int64_t num_steps = ceil_div(rows_, step);
   torch::stable::parallel_for(0, num_steps * num_panels_, 4, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {

@@ -15,10 +15,16 @@ class PackedRight {
  public:
   // Rows or columns of `b` must be contiguous.
   void pack(const Matrix<const float>& b);
+  // Room for [rows, columns], to be filled through data() in the order of energy_head_rows.h's
+  // RowTarget.
+  void prepare(int64_t rows, int64_t columns);
 
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
   // Panel of columns [32 panel, 32 panel + 32) and the rows of one step of the sum.
+  float* data() { return data_.get(); }
+  // Rows of a step of the sum; the last one may have fewer.
+  int64_t step() const;
   const float* panel(int64_t first_row, int64_t num_rows, int64_t panel) const;
 
   int64_t bytes() const { return data_.bytes(); }
