@@ -55,8 +55,7 @@ def why_not_packed(module: nn.Module) -> str | None:
     for part in module.modules():
         if part._forward_hooks or part._forward_pre_hooks or type(part) not in _PLAIN:
             return f"{type(part).__name__} computes what packed weights do not know of"
-    problems = {why_not_row_layers(parameter) for parameter in module.parameters()}
-    return next((problem for problem in problems if problem is not None), None)
+    return why_not_row_layers(module.parameters())
 
 
 class PackedEnergyHead:

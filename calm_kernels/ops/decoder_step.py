@@ -108,10 +108,10 @@ class DecoderWeights:
 
 def why_not_decoder_step(weights: Iterable[Tensor]) -> str | None:
     """Why :func:`decoder_step` is not the fast way for such weights; None if it is."""
-    for weight in weights:
-        if weight.dtype != torch.float32:
-            return f"weights are {weight.dtype}, not float32"
-        if (problem := _decoder_step.why_not("native", weight.device.type)) is not None:
+    for dtype, device_type in {(weight.dtype, weight.device.type) for weight in weights}:
+        if dtype != torch.float32:
+            return f"weights are {dtype}, not float32"
+        if (problem := _decoder_step.why_not("native", device_type)) is not None:
             return problem
     if current_backend() not in ("auto", "native"):
         return f"backend {current_backend()!r} is forced"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -58,12 +58,13 @@ def _filled_up(biases: Tensor) -> Tensor:
     return F.pad(biases, (0, -biases.shape[1] % PANEL)).contiguous()
 
 
-def why_not_row_layers(weight: Tensor) -> str | None:
-    """Why :class:`RowLayers` are not the fast way for weights like this one; None if they are."""
-    if weight.dtype != torch.float32:
-        return f"weights are {weight.dtype}, not float32"
-    if (problem := _row_layers.why_not("native", weight.device.type)) is not None:
-        return problem
+def why_not_row_layers(weights: Iterable[Tensor]) -> str | None:
+    """Why :class:`RowLayers` are not the fast way for such weights; None if they are."""
+    for dtype, device_type in {(weight.dtype, weight.device.type) for weight in weights}:
+        if dtype != torch.float32:
+            return f"weights are {dtype}, not float32"
+        if (problem := _row_layers.why_not("native", device_type)) is not None:
+            return problem
     if current_backend() not in ("auto", "native"):
         return f"backend {current_backend()!r} is forced"
     return why_not_avx512()
