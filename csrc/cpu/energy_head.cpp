@@ -73,6 +73,7 @@ struct Memory {
   ReusedMemory<std::byte> shared;
   ReusedMemory<std::byte> statistics;
   ReusedMemory<std::byte> partial;
+  ReusedMemory<std::byte> upper;
   ReusedMemory<float> left;
   PackedRight of_condition;
   PackedRight of_sample;
@@ -83,7 +84,7 @@ struct Memory {
 
   int64_t bytes() const {
     return normed.bytes() + product.bytes() + first.bytes() + second.bytes() + gate_up.bytes() +
-           shared.bytes() + statistics.bytes() + partial.bytes() + left.bytes() +
+           shared.bytes() + statistics.bytes() + partial.bytes() + upper.bytes() + left.bytes() +
            of_condition.bytes() + of_sample.bytes() + mid.bytes() + out.bytes() + down.bytes() +
            activations.bytes();
   }
@@ -193,6 +194,14 @@ struct Gradients {
   Weights weights;
 };
 
+// The upper halves of sums over rows, to be added to the gradients, which hold the lower ones.
+struct UpperSums {
+  Tensor in;
+  Tensor mid;
+  Tensor down;
+  Tensor out;
+};
+
 // Where the column sums of a task lie in its row of partial sums, in units of H.
 enum Sum : int64_t {
   kNorm,
@@ -232,6 +241,11 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
   const RightOperand out_weight(weights.out, num_rows, memory->out);
   const RightOperand mid(weights.mid, num_rows, memory->mid);
   const RightOperand of_sample(weights.of_sample(), num_rows, memory->of_sample);
+  const bool packs = weight_grads && multiplies(product, size);
+  const int64_t part = packs ? size : 0;
+  Tensor all_upper = memory.matrix(memory->upper, e, 5 * part, size);
+  UpperSums upper{rows(all_upper, 0, part), rows(all_upper, part, part),
+                  rows(all_upper, 2 * part, part), rows(all_upper, 3 * part, 2 * part)};
   const auto sums = [&](int64_t first, Sum which) {
     return row_of<T>(partial, first / kTaskRows) + which * size;
   };
@@ -239,8 +253,7 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
     const int64_t count = std::min(block, num_rows - start);
     // What the forward's matmuls read goes into `product` or, where one of this library's products
     // reads it, into packed order.
-    const bool packs = weight_grads && multiplies(rows(product, 0, count), size);
-    if (packs) memory->activations.prepare(count, size);
+    if (packs) memory->activations.prepare_in_two(count, size);
     const auto activations = [&](Tensor& plain, int64_t first) {
       if constexpr (std::is_same_v<S, float>) {
         PackedRight& packed = memory->activations;
@@ -248,10 +261,13 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
       }
       return RowTarget<S>{row_of<S>(plain, first), size};
     };
-    const auto accumulate = [&](Tensor sum, const Tensor& a, const Tensor& b) {
+    const auto accumulate = [&](Tensor sum, Tensor& other, const Tensor& a, const Tensor& b) {
       if (!weight_grads) return;
-      const RightOperand right =
-          packs ? RightOperand(memory->activations) : RightOperand(b, size, memory->activations);
+      if (packs) {
+        multiply_in_two(sum, other, start != 0, transposed(a), memory->activations, left);
+        return;
+      }
+      const RightOperand right(b, size, memory->activations);
       if (start == 0) {
         multiply(sum, transposed(a), right, left);
       } else {
@@ -272,7 +288,7 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
                                        activations(product, first), row_of<S>(grad_gate_up, first),
                                        sums(first, kOutBias), n, size});
     });
-    accumulate(gradients.weights.down, some_grad_out, some_product);
+    accumulate(gradients.weights.down, upper.down, some_grad_out, some_product);
 
     const auto silu_backward = [&](const Tensor& x, Tensor& grad, Sum sum) {
       for_row_tasks(count, [&](int64_t first, int64_t n) {
@@ -282,11 +298,11 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
     };
     multiply(some_second, some_gate_up, out_weight, left);
     silu_backward(kept.second, grad_second, kMidBias);
-    accumulate(gradients.weights.out, some_gate_up, some_product);
+    accumulate(gradients.weights.out, upper.out, some_gate_up, some_product);
 
     multiply(some_first, some_second, mid, left);
     silu_backward(kept.first, grad_first, kInBias);
-    accumulate(gradients.weights.mid, some_second, some_product);
+    accumulate(gradients.weights.mid, upper.mid, some_second, some_product);
 
     torch::stable::parallel_for(
         0, count / num_samples, std::max<int64_t>(1, kTaskRows / num_samples),
@@ -302,7 +318,7 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
                                    eps});
     });
     if (weight_grads) {
-      accumulate(columns(gradients.weights.in, 0, size), some_first, some_normed);
+      accumulate(columns(gradients.weights.in, 0, size), upper.in, some_first, some_normed);
     }
     multiply(rows(gradients.e, start, count), some_first, of_sample, left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
@@ -315,6 +331,12 @@ void backward(const Tensor& grad_out, const Tensor& e, const Tensor& condition, 
   const RightOperand of_condition(weights.of_condition(), condition.size(0), memory->of_condition);
   multiply(gradients.condition, grad_shared, of_condition, left);
   if (!weight_grads) return;
+  if (packs) {
+    add_onto(columns(gradients.weights.in, 0, size), upper.in);
+    add_onto(gradients.weights.mid, upper.mid);
+    add_onto(gradients.weights.down, upper.down);
+    add_onto(gradients.weights.out, upper.out);
+  }
   multiply(columns(gradients.weights.in, size, size), transposed(grad_shared),
            RightOperand(condition, size, memory->activations), left);
   const T* const parts = row_of<T>(std::as_const(partial), 0);

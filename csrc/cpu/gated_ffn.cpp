@@ -82,6 +82,7 @@ struct Memory {
   ReusedMemory<std::byte> product;
   ReusedMemory<std::byte> gate_up;
   ReusedMemory<std::byte> grad_gate_up;
+  ReusedMemory<std::byte> upper;
   ReusedMemory<float> left;
   PackedRight gate_weight;
   PackedRight up_weight;
@@ -90,8 +91,8 @@ struct Memory {
 
   int64_t bytes() const {
     return normed.bytes() + product.bytes() + gate_up.bytes() + grad_gate_up.bytes() +
-           left.bytes() + gate_weight.bytes() + up_weight.bytes() + down_weight.bytes() +
-           activations.bytes();
+           upper.bytes() + left.bytes() + gate_weight.bytes() + up_weight.bytes() +
+           down_weight.bytes() + activations.bytes();
   }
 };
 
@@ -163,6 +164,14 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
   Tensor product = memory.matrix(memory->product, x, block, size);
   Tensor grad_gate_up = memory.matrix(memory->grad_gate_up, x, block, 2 * size);
   Tensor again = memory.matrix(memory->gate_up, x, kept ? 0 : block, 2 * size);
+  const bool packs = weight_grads && multiplies(product, hidden_size) && multiplies(normed, size);
+  // The upper halves of sums over rows, to be added to the gradients, which hold the lower ones.
+  const int64_t part = packs ? size : 0;
+  Tensor upper_gate = memory.matrix(memory->upper, x, 3 * part, hidden_size);
+  const Tensor upper_up = rows(upper_gate, part, part);
+  const Tensor upper_down =
+      torch::stable::view(rows(upper_gate, 2 * part, part), {packs ? hidden_size : 0, size});
+  upper_gate = rows(upper_gate, 0, part);
   // A row of partial sums for every task.
   const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
   Tensor partial = torch::stable::new_zeros(x, {num_tasks, hidden_size}, compute_type(x));
@@ -200,20 +209,29 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
     const Tensor grad_gate = columns(some_grads, 0, size);
     const Tensor grad_up = columns(some_grads, size, size);
     if (weight_grads) {
-      const auto accumulate = [&](Tensor& sum, const Tensor& a, const RightOperand& b) {
-        if (start == 0) {
+      // Of the last operand, which the two products of `normed` share.
+      const auto pack = [&](const Tensor& b, int64_t left_rows) {
+        if (!packs) return RightOperand(b, left_rows, memory->activations);
+        memory->activations.pack_in_two(matrix_of(b));
+        return RightOperand(memory->activations);
+      };
+      const auto accumulate = [&](Tensor& sum, const Tensor& upper, const Tensor& a,
+                                  const RightOperand& b) {
+        if (packs) {
+          multiply_in_two(sum, upper, start != 0, transposed(a), *b.packed(), memory->left);
+        } else if (start == 0) {
           multiply(sum, transposed(a), b, memory->left);
         } else {
           multiply_onto(sum, sum, transposed(a), b, memory->left);
         }
       };
       {
-        const RightOperand right(some_product, hidden_size, memory->activations);
-        accumulate(gradients.down_weight, some_grad_out, right);
+        const RightOperand right = pack(some_product, hidden_size);
+        accumulate(gradients.down_weight, upper_down, some_grad_out, right);
       }
-      const RightOperand right(some_normed, size, memory->activations);
-      accumulate(gradients.gate_weight, grad_gate, right);
-      accumulate(gradients.up_weight, grad_up, right);
+      const RightOperand right = pack(some_normed, size);
+      accumulate(gradients.gate_weight, upper_gate, grad_gate, right);
+      accumulate(gradients.up_weight, upper_up, grad_up, right);
     }
     Tensor grad_x = rows(gradients.x, start, count);
     multiply(grad_x, grad_gate, gate, memory->left);
@@ -226,6 +244,11 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
     });
   }
   if (!weight_grads) return;
+  if (packs) {
+    add_onto(gradients.gate_weight, upper_gate);
+    add_onto(gradients.up_weight, upper_up);
+    add_onto(gradients.down_weight, upper_down);
+  }
   S* const grad_norm_weight = gradients.norm_weight.mutable_data_ptr<S>();
   const T* const parts = row_of<T>(std::as_const(partial), 0);
   for (int64_t h = 0; h < hidden_size; ++h) {

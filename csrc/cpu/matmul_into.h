@@ -93,6 +93,30 @@ inline void multiply_onto(Tensor out, const Tensor& start, const Tensor& a, cons
   sgemm(result, &from, matrix_of(a), *b.packed(), left);
 }
 
+// lower + upper = a b, or what they hold and that added to it (cpu/sgemm.h).
+inline void multiply_in_two(Tensor lower, Tensor upper, bool adds, const Tensor& a,
+                            const PackedRight& b, ReusedMemory<float>& left) {
+  const auto writable = [](Tensor& out) {
+    return Matrix<float>{out.mutable_data_ptr<float>(), out.size(0), out.size(1), out.stride(0)};
+  };
+  sgemm_in_two(writable(lower), writable(upper), adds, matrix_of(a), b, left);
+}
+
+// sum += other, both float32 with contiguous rows
+inline void add_onto(Tensor sum, const Tensor& other) {
+  constexpr int64_t kFewestRows = 16;
+  const Matrix<const float> from = matrix_of(other);
+  const int64_t stride = sum.stride(0);
+  float* const to = sum.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, from.rows, kFewestRows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t i = 0; i < from.columns; ++i) {
+        to[row * stride + i] += from.data[row * from.row_stride + i];
+      }
+    }
+  });
+}
+
 // out = a b with the row [N] added to every row of the result.
 inline void multiply_onto_row(Tensor out, const Tensor& row, const Tensor& a, const RightOperand& b,
                               ReusedMemory<float>& left) {

@@ -204,23 +204,34 @@ bool sgemm_serves() {
 #endif
 }
 
-void PackedRight::prepare(int64_t rows, int64_t columns) {
+void PackedRight::prepare(int64_t rows, int64_t columns, int64_t step) {
   rows_ = rows;
   columns_ = columns;
   num_panels_ = ceil_div(columns_, kTileColumns);
+  step_ = step;
   data_.at_least(rows_ * num_panels_ * kTileColumns);
 }
 
-int64_t PackedRight::step() const { return step_size(rows_); }
+void PackedRight::prepare_in_two(int64_t rows, int64_t columns) {
+  prepare(rows, columns, step_size(ceil_div(rows, 2)));
+}
 
 void PackedRight::pack(const Matrix<const float>& b) {
-  prepare(b.rows, b.columns);
-  const int64_t step = this->step();
-  const int64_t num_steps = ceil_div(rows_, step);
+  prepare(b.rows, b.columns, step_size(b.rows));
+  fill(b);
+}
+
+void PackedRight::pack_in_two(const Matrix<const float>& b) {
+  prepare_in_two(b.rows, b.columns);
+  fill(b);
+}
+
+void PackedRight::fill(const Matrix<const float>& b) {
+  const int64_t num_steps = ceil_div(rows_, step_);
   torch::stable::parallel_for(0, num_steps * num_panels_, 4, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / num_panels_ * step;
-      const int64_t count = std::min(step, rows_ - first);
+      const int64_t first = task / num_panels_ * step_;
+      const int64_t count = std::min(step_, rows_ - first);
       const int64_t column = task % num_panels_ * kTileColumns;
       pack_panel<kTileColumns>(b.data + first * b.row_stride + column * b.column_stride,
                                b.column_stride, b.row_stride, count,
@@ -239,24 +250,25 @@ void sgemm(const Matrix<float>& out, const Matrix<const float>* start, const Mat
   const int64_t depth = b.rows();
   const int64_t num_tiles = ceil_div(out.rows, kTileRows);
   const int64_t num_panels = ceil_div(out.columns, kTileColumns);
-  const int64_t step = step_size(depth);
+  const int64_t step = b.step();
   const int64_t num_steps = ceil_div(depth, step);
   float* const packed = left.at_least(num_tiles * kTileRows * depth);
-  const auto packed_rows = [&](int64_t first, int64_t count, int64_t tile) {
-    return packed + (first * num_tiles + tile * count) * kTileRows;
+  // The steps of a tile lie together: in memory, too, a thread's rows are its own.
+  const auto packed_rows = [&](int64_t first, int64_t tile) {
+    return packed + (tile * depth + first) * kTileRows;
   };
   torch::stable::parallel_for(0, num_tiles * num_steps, 4, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t tile = task / num_steps;
       const int64_t first = task % num_steps * step;
       const int64_t count = std::min(step, depth - first);
-      pack_tile(a, tile * kTileRows, first, count, packed_rows(first, count, tile));
+      pack_tile(a, tile * kTileRows, first, count, packed_rows(first, tile));
     }
   });
   const Matrix<const float> so_far{out.data, out.rows, out.columns, out.row_stride};
   const auto add_step = [&](int64_t first, int64_t tile, int64_t panel) {
     const int64_t count = std::min(step, depth - first);
-    multiply_at(out, first == 0 ? start : &so_far, packed_rows(first, count, tile),
+    multiply_at(out, first == 0 ? start : &so_far, packed_rows(first, tile),
                 b.panel(first, count, panel), count, tile * kTileRows, panel * kTileColumns);
   };
   // Tasks of equal size: a thread gets as many of them as another.
@@ -272,6 +284,55 @@ void sgemm(const Matrix<float>& out, const Matrix<const float>* start, const Mat
         for (int64_t j = column_task * num_panels / column_tasks; j < last_panel; ++j) {
           for (int64_t i = row_task * num_tiles / row_tasks; i < last_tile; ++i) {
             add_step(first, i, j);
+          }
+        }
+      }
+    }
+  });
+}
+
+void sgemm_in_two(const Matrix<float>& lower, const Matrix<float>& upper, bool adds,
+                  const Matrix<const float>& a, const PackedRight& b, ReusedMemory<float>& left) {
+  const int64_t depth = b.rows();
+  const int64_t num_tiles = ceil_div(lower.rows, kTileRows);
+  const int64_t num_panels = ceil_div(lower.columns, kTileColumns);
+  const int64_t step = b.step();
+  const int64_t num_steps = ceil_div(depth, step);
+  float* const packed = left.at_least(num_tiles * kTileRows * depth);
+  const auto packed_rows = [&](int64_t first, int64_t count, int64_t tile) {
+    return packed + (first * num_tiles + tile * count) * kTileRows;
+  };
+  torch::stable::parallel_for(0, num_steps * num_tiles, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / num_tiles * step;
+      const int64_t tile = task % num_tiles;
+      const int64_t count = std::min(step, depth - first);
+      pack_tile(a, tile * kTileRows, first, count, packed_rows(first, count, tile));
+    }
+  });
+  const int64_t row_tasks = ceil_div(num_tiles, kTaskTiles);
+  const int64_t column_tasks = ceil_div(num_panels, kTaskPanels);
+  const int64_t tasks = row_tasks * column_tasks;
+  torch::stable::parallel_for(0, 2 * tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t half = task / tasks;
+      const int64_t row_task = task % tasks / column_tasks;
+      const int64_t column_task = task % column_tasks;
+      const int64_t last_tile = (row_task + 1) * num_tiles / row_tasks;
+      const int64_t last_panel = (column_task + 1) * num_panels / column_tasks;
+      const Matrix<float>& out = half == 0 ? lower : upper;
+      const Matrix<const float> so_far = out.read_only();
+      const int64_t middle = ceil_div(num_steps, 2) * step;
+      const int64_t start = half == 0 ? 0 : middle;
+      const int64_t end_of_half = half == 0 ? std::min(middle, depth) : depth;
+      for (int64_t first = start; first == start || first < end_of_half; first += step) {
+        // None at all in the upper half of a single step: it is written as zero.
+        const int64_t count = std::max<int64_t>(0, std::min(step, end_of_half - first));
+        const bool starts = !adds && first == start;
+        for (int64_t j = column_task * num_panels / column_tasks; j < last_panel; ++j) {
+          for (int64_t i = row_task * num_tiles / row_tasks; i < last_tile; ++i) {
+            multiply_at(out, starts ? nullptr : &so_far, packed_rows(first, count, i),
+                        b.panel(first, count, j), count, i * kTileRows, j * kTileColumns);
           }
         }
       }
