@@ -17,11 +17,12 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calm_kernels import _native
 
@@ -92,6 +93,17 @@ class Operator:
         if backend_name == "native":
             return self._why_not_native(device_type)
         return self._why_not_triton(device_type)
+
+    def why_not_native_for(self, weights: Iterable[Tensor], dtype: torch.dtype) -> str | None:
+        """Why the native kernel for a dtype does not serve weights; None if it does."""
+        for found, device_type in {(weight.dtype, weight.device.type) for weight in weights}:
+            if found != dtype:
+                return f"weights are {found}, not {dtype}"
+            if (problem := self.why_not("native", device_type)) is not None:
+                return problem
+        if _forced not in ("auto", "native"):
+            return f"backend {_forced!r} is forced"
+        return None
 
     def _why_not_native(self, device_type: str) -> str | None:
         if device_type not in ("cpu", "cuda"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calm_kernels import _checks
-from calm_kernels._dispatch import current_backend, define
+from calm_kernels._dispatch import define
 from calm_kernels.reference import decoder_step as reference
 
 _FLOAT32 = (torch.float32,)
@@ -108,14 +108,7 @@ class DecoderWeights:
 
 def why_not_decoder_step(weights: Iterable[Tensor]) -> str | None:
     """Why :func:`decoder_step` is not the fast way for such weights; None if it is."""
-    for dtype, device_type in {(weight.dtype, weight.device.type) for weight in weights}:
-        if dtype != torch.float32:
-            return f"weights are {dtype}, not float32"
-        if (problem := _decoder_step.why_not("native", device_type)) is not None:
-            return problem
-    if current_backend() not in ("auto", "native"):
-        return f"backend {current_backend()!r} is forced"
-    return None
+    return _decoder_step.why_not_native_for(weights, torch.float32)
 
 
 def decoder_step(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calm_kernels import _checks
-from calm_kernels._dispatch import Operator, current_backend, define
+from calm_kernels._dispatch import Operator, define
 from calm_kernels._native import why_not_avx512
 from calm_kernels.reference import row_layers as reference
 from calm_kernels.reference.row_layers import PANEL, LayerKind
@@ -60,14 +60,8 @@ def _filled_up(biases: Tensor) -> Tensor:
 
 def why_not_row_layers(weights: Iterable[Tensor]) -> str | None:
     """Why :class:`RowLayers` are not the fast way for such weights; None if they are."""
-    for dtype, device_type in {(weight.dtype, weight.device.type) for weight in weights}:
-        if dtype != torch.float32:
-            return f"weights are {dtype}, not float32"
-        if (problem := _row_layers.why_not("native", device_type)) is not None:
-            return problem
-    if current_backend() not in ("auto", "native"):
-        return f"backend {current_backend()!r} is forced"
-    return why_not_avx512()
+    problem = _row_layers.why_not_native_for(weights, torch.float32)
+    return why_not_avx512() if problem is None else problem
 
 
 _row_layers_argmax = define(

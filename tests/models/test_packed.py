@@ -103,7 +103,7 @@ def test_what_packed_weights_do_not_know_of_is_not_packed() -> None:
     assert why_not_packed(head) is None
     with calm_kernels.backend("reference"):
         assert "backend 'reference' is forced" in (why_not_packed(head) or "")
-    assert "not float32" in (why_not_packed(EnergyHead(16, 4, 8, 2).bfloat16()) or "")
+    assert "not torch.float32" in (why_not_packed(EnergyHead(16, 4, 8, 2).bfloat16()) or "")
 
     hooked = EnergyHead(16, 4, 8, 2)
     hooked.final_layer.in_ln.register_forward_hook(lambda *_: None)
