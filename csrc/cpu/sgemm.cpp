@@ -3,8 +3,8 @@
 // Micro-kernel: 12 x 32 numbers of the result in 24 registers; a step of the sum loads two
 // registers of the right operand and broadcasts twelve numbers of the left, so 24 multiply-adds
 // meet 14 loads. Both operands are packed into the order in which it reads them. The sum goes in
-// steps of up to 384 terms: a panel of the right operand, 32 columns of a step, is 48 KB and stays
-// in L2 for all rows of a task; twelve rows of the left operand are 18 KB and stay in L1 for a
+// steps of up to 256 terms: a panel of the right operand, 32 columns of a step, is 32 KB and stays
+// in L2 for all rows of a task; twelve rows of the left operand are 12 KB and stay in L1 for a
 // panel.
 //
 // Work: 2 M N K operations. On Zen 4 the micro-kernel runs at 95% of the peak of 32 operations a
