@@ -88,11 +88,7 @@ class Operator:
 
     def why_not(self, backend_name: str, device_type: str) -> str | None:
         """Why a backend cannot serve this operator on a device; None if it can."""
-        if backend_name == "reference":
-            return None
-        if backend_name == "native":
-            return self._why_not_native(device_type)
-        return self._why_not_triton(device_type)
+        return _why_not(self.name, backend_name, device_type)
 
     def why_not_native_for(self, weights: Iterable[Tensor], dtype: torch.dtype) -> str | None:
         """Why the native kernel for a dtype does not serve weights; None if it does."""
@@ -130,6 +126,15 @@ def operators() -> dict[str, Operator]:
     return dict(_operators)
 
 
+def _why_not(name: str, backend_name: str, device_type: str) -> str | None:
+    """Why a backend cannot serve an operator. Under torch.compile this runs once, at trace time."""
+    if backend_name == "reference":
+        return None
+    if backend_name == "native":
+        return _operators[name]._why_not_native(device_type)
+    return _operators[name]._why_not_triton(device_type)
+
+
 def _choose(name: str, device_type: str, forced: str) -> str:
     """The overload that serves. Under torch.compile this runs once, at trace time."""
     key = (name, device_type, forced)
@@ -163,6 +168,7 @@ def _find(name: str, device_type: str, forced: str) -> str:
 # What torch.compiler.assume_constant_result does, without importing the compiler (over a second)
 # in every program that never compiles.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def define(

@@ -15,7 +15,7 @@ PACKAGE = Path(calm_kernels.__file__).parent
 # Floors from the ground up; a module imports from its own floor or from below.
 FLOORS = (
     {"reference"},
-    {"_checks", "_native", "_dispatch", "_autocast"},
+    {"_checks", "_modules", "_native", "_dispatch", "_autocast"},
     {"triton"},
     {"ops"},
     {"nn"},
@@ -42,7 +42,7 @@ OPERATIONS = (
     "row_layers",
     "temperature_sampling",
 )
-CORE = ("reference", "ops", "nn", "_checks", "_native", "_dispatch", "_autocast")
+CORE = ("reference", "ops", "nn", "_checks", "_modules", "_native", "_dispatch", "_autocast")
 
 
 def modules() -> list[Path]:

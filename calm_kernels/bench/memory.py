@@ -11,6 +11,7 @@ import torch
 from calm_kernels import _dispatch
 from calm_kernels.bench.timing import Runnable, synchronize
 from calm_kernels.bench.workload import Inputs
+from calm_kernels.ops.memory import empty_cache
 
 _PROCESS = Path("/proc/self")
 _RESET_PEAK = "5"
@@ -21,8 +22,9 @@ def peak_bytes(runnable: Runnable, inputs: Inputs, device: torch.device) -> int 
 
     On a GPU what torch allocated. On a CPU the resident pages of the process, so that a kernel's
     own buffers count as well: the kernel's high-water mark is reset before the call, after unused
-    heap was given back. Call the variant before, or its first-time work counts, and collect
-    garbage, or what is freed meanwhile hides some of the growth.
+    heap, and what the package keeps for its next calls, was given back. Call the variant before, or
+    its first-time work counts, and collect garbage, or what is freed meanwhile hides some of the
+    growth.
 
     Returns:
         bytes, exact to some pages on a CPU; None where the system does not tell (not Linux, or
@@ -58,7 +60,8 @@ def _peak_of_process(runnable: Runnable, inputs: Inputs) -> int | None:
 
 
 def _give_back_unused_heap() -> None:
-    # Freed blocks that the allocator keeps are resident already and would hide a call's use.
+    # Blocks that are kept for later are resident already and would hide a call's use.
+    empty_cache()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from calm_kernels._modules import computes_alone
+
 
 def project_patches(patches: Tensor, embedding: nn.Module, layers: nn.Sequential) -> Tensor:
     """``layers`` of the embeddings of a patch's tokens, side by side.
@@ -55,8 +57,5 @@ def _looks_up(patches: Tensor, embedding: nn.Module, layers: nn.Sequential) -> b
         return False
     if torch.is_autocast_enabled(patches.device.type) or embedding.max_norm is not None:
         return False
-    modules = (embedding, layers, linear)
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    weights = (embedding.weight, linear.weight)
-    whole = all(type(weight.data) is Tensor for weight in weights)
-    return whole and not hooked and embedding.weight.dtype in (torch.float32, torch.float64)
+    wide = embedding.weight.dtype in (torch.float32, torch.float64)
+    return wide and computes_alone(embedding, layers, linear)

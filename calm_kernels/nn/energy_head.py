@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calm_kernels import _checks
-from calm_kernels.ops.energy_head import energy_head_block
+from calm_kernels._modules import computes_alone
+from calm_kernels.ops.energy_head import (
+    energy_head_block,
+    energy_head_first_block,
+    why_not_first_block,
+)
+from calm_kernels.ops.energy_head_output import energy_head_output, why_not_output
 from calm_kernels.ops.random import philox_uniform
 from calm_kernels.reference.philox import Stream
 
@@ -22,6 +29,24 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+_PLAIN = (nn.LayerNorm, nn.Linear, nn.Sequential, nn.SiLU, ZeroLinear)
+
+
+def _weights(layers: Iterable[Any]) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+
+
+def _are_plain(*layers: nn.Module) -> bool:
+    """Whether layers are as they are made here, and their weights all that they do."""
+
+    def is_plain(layer: nn.Module) -> bool:
+        if isinstance(layer, nn.LayerNorm) and layer.eps != _NORM_EPS:
+            return False
+        return type(layer) in _PLAIN and getattr(layer, "bias", layer) is not None
+
+    return computes_alone(*layers) and all(is_plain(layer) for layer in layers)
 
 
 class EnergyHeadBlock(nn.Module):
@@ -44,9 +69,11 @@ class EnergyHeadBlock(nn.Module):
 
     def forward(self, e: Tensor, condition: Tensor) -> Tensor:
         """e [P, N, H], condition [P, H] -> [P, N, H]; see :func:`energy_head_block`."""
-        layers = (self.in_ln, *list(self.linears)[::2], self.down_proj)
-        weights: list[Any] = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        return energy_head_block(e, condition, *weights, eps=_NORM_EPS)
+        return energy_head_block(e, condition, *_weights(self.layers()), eps=_NORM_EPS)
+
+    def layers(self) -> list[Any]:
+        """Those with weights, in the order of :func:`energy_head_block`."""
+        return [self.in_ln, *list(self.linears)[::2], self.down_proj]
 
 
 class EnergyHeadOutput(nn.Module):
@@ -61,6 +88,11 @@ class EnergyHeadOutput(nn.Module):
 
     def forward(self, e: Tensor) -> Tensor:
         """e [*, H] -> [*, D]"""
+        if _are_plain(self.in_ln, self.linears, *self.linears):
+            layers: list[Any] = [self.in_ln, *list(self.linears)[::2]]
+            weights = _weights(layers)
+            if why_not_output(weights) is None:
+                return energy_head_output(e, *weights, eps=_NORM_EPS)
         latent: Tensor = self.linears(self.in_ln(e))
         return latent
 
@@ -146,8 +178,30 @@ class EnergyHead(nn.Module):
         # The samples of a position lie together from here on: it shares its condition with them.
         noise = noise.transpose(0, 1).to(self.noise_embd.weight.dtype)
         condition = self.norm_hidden(self.hidden_embd(hidden))
-        e = self.norm_noise(self.noise_embd(noise))
-        for block in self.mlp_blocks:
-            e = block(e, condition)
-        latents: Tensor = self.final_layer(e)
+        latents: Tensor = self.final_layer(self._through_blocks(noise, condition))
         return latents.transpose(0, 1).reshape(num_samples, *positions, latents.shape[-1])
+
+    def _through_blocks(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """noise [P, N, E], condition [P, H] -> what the last layers read, [P, N, H]."""
+        blocks: list[Any] = list(self.mlp_blocks)
+        e = self._first_folded(noise, condition)
+        if e is None:
+            e = self.norm_noise(self.noise_embd(noise))
+        else:
+            blocks = blocks[1:]
+        for block in blocks:
+            e = block(e, condition)
+        return e
+
+    def _first_folded(self, noise: Tensor, condition: Tensor) -> Tensor | None:
+        """What the first block makes of noise, if ``energy_head_first_block`` serves."""
+        if not self.mlp_blocks:
+            return None
+        block: Any = self.mlp_blocks[0]
+        layers = (self.noise_embd, self.norm_noise, *block.layers())
+        if not computes_alone(block) or not _are_plain(block.linears, *block.linears, *layers):
+            return None
+        weights = _weights(layers)
+        if why_not_first_block(noise, weights) is not None:
+            return None
+        return energy_head_first_block(noise, condition, weights, eps=_NORM_EPS)

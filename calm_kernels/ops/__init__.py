@@ -2,7 +2,8 @@
 
 from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
 from calm_kernels.ops.decoder_step import DecoderLayerWeights, DecoderWeights, decoder_step
-from calm_kernels.ops.energy_head import energy_head_block
+from calm_kernels.ops.energy_head import energy_head_block, energy_head_first_block
+from calm_kernels.ops.energy_head_output import energy_head_output
 from calm_kernels.ops.energy_score import energy_score, energy_score_from_targets
 from calm_kernels.ops.gated_ffn import gated_ffn
 from calm_kernels.ops.linear_argmax import linear_argmax
@@ -11,6 +12,7 @@ from calm_kernels.ops.linear_cross_entropy import LinearCrossEntropyInfo, linear
 from calm_kernels.ops.linear_cross_entropy_parallel import (
     vocabulary_parallel_linear_cross_entropy,
 )
+from calm_kernels.ops.memory import empty_cache
 from calm_kernels.ops.patch_codec import (
     embed_flatten,
     expand_patches,
@@ -40,7 +42,10 @@ __all__ = [
     "brier_scores",
     "decoder_step",
     "embed_flatten",
+    "empty_cache",
     "energy_head_block",
+    "energy_head_first_block",
+    "energy_head_output",
     "energy_score",
     "energy_score_from_targets",
     "exact_temperature_sample",

@@ -71,6 +71,30 @@ def why_not_rotary_attention(x: Tensor) -> str | None:
     return _rotary_attention.why_not("native", x.device.type) or why_not_avx512()
 
 
+def check_heads(
+    rotary: tuple[Tensor, Tensor],
+    dtypes: tuple[torch.dtype, ...],
+    batch: int,
+    length: int,
+    query_size: int,
+    key_size: int,
+) -> None:
+    """Raise unless rotary fits the sequences, and queries and keys are whole heads of its width."""
+    cos, sin = rotary
+    _checks.tensor("rotary", cos, dtypes, ("1 or B", length, "width"))
+    _checks.tensor("rotary", sin, dtypes, tuple(cos.shape))
+    width = cos.shape[2]
+    if cos.shape[0] not in (1, batch) or width < 2 or width % 2:
+        raise ValueError(
+            f"rotary: expected [1 or {batch}, {length}, width], width even; got {list(cos.shape)}"
+        )
+    if key_size % width or key_size == 0 or query_size % key_size:
+        raise ValueError(
+            f"key: expected key_heads * width numbers a position, a multiple of {width} that "
+            f"divides the queries' {query_size}; got {key_size}"
+        )
+
+
 def rotary_attention(
     query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor], *, scale: float
 ) -> Tensor:
@@ -95,19 +119,8 @@ def rotary_attention(
     batch, length, size = query.shape
     _checks.tensor("key", key, dtypes, (batch, length, "key_heads*width"))
     _checks.tensor("value", value, dtypes, tuple(key.shape))
+    check_heads(rotary, dtypes, batch, length, size, key.shape[2])
     cos, sin = rotary
-    _checks.tensor("rotary", cos, dtypes, ("1 or B", length, "width"))
-    _checks.tensor("rotary", sin, dtypes, tuple(cos.shape))
-    width = cos.shape[2]
-    if cos.shape[0] not in (1, batch) or width < 2 or width % 2:
-        raise ValueError(
-            f"rotary: expected [1 or {batch}, {length}, width], width even; got {list(cos.shape)}"
-        )
-    if key.shape[2] % width or key.shape[2] == 0 or size % key.shape[2]:
-        raise ValueError(
-            f"key: expected key_heads * width numbers a position, a multiple of {width} that "
-            f"divides the queries' {size}; got {key.shape[2]}"
-        )
     _checks.same_dtype(query=query, key=key, value=value, cos=cos, sin=sin)
     device = _checks.same_device(query=query, key=key, value=value, cos=cos, sin=sin)
     out: Tensor

@@ -80,7 +80,7 @@ CALM_INLINE void run(const LayerNormBackwardRows<S>& rows) {
   const T inverse_size = T(1) / static_cast<T>(rows.size);
   for (int64_t r = 0; r < rows.num_rows; ++r) {
     const S* x = rows.x + r * rows.size;
-    const S* grad_out = rows.grad_out + r * rows.size;
+    const S* grad_out = rows.grad_out == nullptr ? nullptr : rows.grad_out + r * rows.size;
     S* grad = rows.grad_x + r * rows.size;
     const T mean = rows.mean[r];
     const T rstd = rows.rstd[r];
@@ -105,9 +105,13 @@ CALM_INLINE void run(const LayerNormBackwardRows<S>& rows) {
           const Vector<T> grad_unit =
               load_lanes<S>(grad + i, count) * load_lanes<S>(rows.weight + i, count);
           const Vector<T> unit = (load_lanes<S>(x + i, count) - mean) * rstd;
-          const Vector<T> passed = load_lanes<S>(grad_out + i, count);
-          add_lanes(rows.grad_out_sum + i, passed, count);
-          store_lanes<S>(grad + i, (grad_unit - shift - unit * scale) * rstd + passed, count);
+          Vector<T> g = (grad_unit - shift - unit * scale) * rstd;
+          if (grad_out != nullptr) {
+            const Vector<T> passed = load_lanes<S>(grad_out + i, count);
+            add_lanes(rows.grad_out_sum + i, passed, count);
+            g += passed;
+          }
+          store_lanes<S>(grad + i, g, count);
         });
   }
 }
@@ -222,6 +226,132 @@ CALM_INLINE void run(const SampleSumRows<S>& rows) {
   }
 }
 
+template <typename S>
+CALM_INLINE void run(const ColumnSumRows<S>& rows) {
+  using T = ComputeOf<S>;
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    const S* x = rows.rows + r * rows.size;
+    for_lanes<S>(
+        rows.size, CALM_STEP { add_lanes<T>(rows.sum + i, load_lanes<S>(x + i, count), count); });
+  }
+}
+
+template <typename T>
+CALM_INLINE void run(const NoiseRows<T>& rows) {
+  const T inverse_size = T(1) / static_cast<T>(rows.size);
+  const T eps = static_cast<T>(rows.eps);
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    const T* z = rows.z + r * rows.size;
+    Vector<T> squares{};
+    for_lanes<T>(
+        rows.size, CALM_STEP {
+          const Vector<T> v = load_lanes<T>(z + i, count);
+          squares += v * v;
+        });
+    const T rstd = T(1) / std::sqrt(sum_lanes<T>(squares) * inverse_size + eps);
+    const auto normed = [&](int64_t i, auto count) __attribute__((always_inline)) {
+      return load_lanes<T>(z + i, count) * rstd * load_lanes<T>(rows.weight + i, count) +
+             load_lanes<T>(rows.bias + i, count);
+    };
+    Vector<T> total{};
+    for_lanes<T>(rows.size, CALM_STEP { total += normed(i, count); });
+    const T mean = sum_lanes<T>(total) * inverse_size;
+    T* const e = rows.e == nullptr ? nullptr : rows.e + r * rows.size;
+    squares = Vector<T>{};
+    for_lanes<T>(
+        rows.size, CALM_STEP {
+          const Vector<T> v = normed(i, count);
+          Vector<T> centred = v - mean;
+          if (e != nullptr) store_lanes<T>(e + i, v, count);
+          // Lanes past the end of the row hold -mean.
+          if constexpr (std::is_same_v<decltype(count), int>) {
+            for (int j = count; j < kRowLanes<T>; ++j) centred[j] = T(0);
+          }
+          squares += centred * centred;
+        });
+    const T norm_rstd = T(1) / std::sqrt(sum_lanes<T>(squares) * inverse_size + eps);
+    const T factor = rstd * norm_rstd;
+    rows.rstd[r] = rstd;
+    rows.mean[r] = mean;
+    rows.norm_rstd[r] = norm_rstd;
+    T* scaled = rows.scaled.row(r);
+    const int64_t panel_stride = rows.scaled.panel_stride(r);
+    const T* noise = rows.noise + r * rows.noise_size;
+    for_lanes<T>(
+        rows.noise_size, CALM_STEP {
+          store_lanes<T>(place(scaled, panel_stride, i), load_lanes<T>(noise + i, count) * factor,
+                         count);
+        });
+    if (rows.appends) {
+      *place(scaled, panel_stride, rows.noise_size) = factor;
+      *place(scaled, panel_stride, rows.noise_size + 1) = norm_rstd;
+    }
+  }
+}
+
+template <typename T>
+CALM_INLINE void run(const NoiseBackwardRows<T>& rows) {
+  const T inverse_size = T(1) / static_cast<T>(rows.size);
+  for (int64_t r = 0; r < rows.num_rows; ++r) {
+    T* const z = rows.z + r * rows.size;
+    const T* const grad_out = rows.grad_out + r * rows.size;
+    const T* const grad_first = rows.grad_first + r * rows.size;
+    const T rstd = rows.rstd[r];
+    const T mean = rows.mean[r];
+    const T norm_rstd = rows.norm_rstd[r];
+    const T factor = rstd * norm_rstd;
+    Vector<T> by_factor{};
+    Vector<T> by_norm{};
+    for_lanes<T>(
+        rows.size, CALM_STEP {
+          const Vector<T> g = load_lanes<T>(grad_first + i, count);
+          by_factor += g * load_lanes<T>(rows.by_factor + i, count);
+          by_norm += g * load_lanes<T>(rows.by_norm + i, count);
+          add_lanes(rows.factor_sum + i, g * factor, count);
+          add_lanes(rows.norm_sum + i, g * norm_rstd, count);
+        });
+    const T* const noise = rows.noise + r * rows.noise_size;
+    const T* const grad_scaled = rows.grad_scaled + r * rows.noise_size;
+    for_lanes<T>(
+        rows.noise_size, CALM_STEP {
+          by_factor += load_lanes<T>(grad_scaled + i, count) * load_lanes<T>(noise + i, count);
+        });
+    const T grad_factor = sum_lanes<T>(by_factor);
+    const T grad_norm_rstd = grad_factor * rstd + sum_lanes<T>(by_norm);
+    // d rstd / d row = -rstd^3 row / size, of either norm.
+    const T of_centred = -grad_norm_rstd * norm_rstd * norm_rstd * norm_rstd * inverse_size;
+    // Gradient of e.
+    const auto grad_e = [&](const Vector<T>& unit, int64_t i, auto count)
+                            __attribute__((always_inline)) {
+                              const Vector<T> e = unit * load_lanes<T>(rows.weight + i, count) +
+                                                  load_lanes<T>(rows.bias + i, count);
+                              return load_lanes<T>(grad_out + i, count) + (e - mean) * of_centred;
+                            };
+    Vector<T> by_rstd{};
+    for_lanes<T>(
+        rows.size, CALM_STEP {
+          const Vector<T> v = load_lanes<T>(z + i, count);
+          const Vector<T> unit = v * rstd;
+          const Vector<T> g = grad_e(unit, i, count);
+          add_lanes(rows.grad_weight + i, g * unit, count);
+          add_lanes(rows.grad_bias + i, g, count);
+          add_lanes(rows.grad_out_sum + i, load_lanes<T>(grad_out + i, count), count);
+          by_rstd += g * load_lanes<T>(rows.weight + i, count) * v;
+        });
+    const T grad_rstd = grad_factor * norm_rstd + sum_lanes<T>(by_rstd);
+    const T of_z = -grad_rstd * rstd * rstd * rstd * inverse_size;
+    for_lanes<T>(
+        rows.size, CALM_STEP {
+          const Vector<T> v = load_lanes<T>(z + i, count);
+          const Vector<T> g =
+              grad_e(v * rstd, i, count) * (load_lanes<T>(rows.weight + i, count) * rstd) +
+              v * of_z;
+          store_lanes<T>(z + i, g, count);
+          add_lanes(rows.grad_z_sum + i, g, count);
+        });
+  }
+}
+
 }  // namespace
 
 // One clone a dtype and instruction set: attributes do not reach the instances of a template.
@@ -237,11 +367,16 @@ CALM_INLINE void run(const SampleSumRows<S>& rows) {
   CALM_RUN_ROWS(SiluBackwardRows, S)      \
   CALM_RUN_ROWS(GatedRows, S)             \
   CALM_RUN_ROWS(GatedBackwardRows, S)     \
-  CALM_RUN_ROWS(SampleSumRows, S)
+  CALM_RUN_ROWS(SampleSumRows, S)         \
+  CALM_RUN_ROWS(ColumnSumRows, S)
 
 CALM_ALL_ROWS(float)
 CALM_ALL_ROWS(double)
 CALM_ALL_ROWS(torch::headeronly::BFloat16)
 CALM_ALL_ROWS(torch::headeronly::Half)
+CALM_RUN_ROWS(NoiseRows, float)
+CALM_RUN_ROWS(NoiseRows, double)
+CALM_RUN_ROWS(NoiseBackwardRows, float)
+CALM_RUN_ROWS(NoiseBackwardRows, double)
 
 }  // namespace calm

@@ -50,8 +50,9 @@ struct LayerNormRows {
   double eps;
 };
 
-// grad_x holds the gradient of normed and becomes that of x, with grad_out (the residual's) added.
-// The sums [size] are added to: gradients of weight and bias, and of a bias of the residual.
+// grad_x holds the gradient of normed and becomes that of x, with grad_out (the residual's) added
+// unless it is null. The sums [size] are added to: gradients of weight and bias, and of a bias of
+// the residual.
 template <typename S>
 struct LayerNormBackwardRows {
   const S* x;
@@ -116,6 +117,66 @@ struct GatedBackwardRows {
   int64_t size;
 };
 
+// Of z = W noise + b whose mean over a row is zero, the norms e = z * rstd * weight + bias and, of
+// that, (e - mean) * norm_rstd: the three factors of a row are kept. scaled = rstd * norm_rstd *
+// noise, followed by rstd * norm_rstd and norm_rstd where `appends`. e is left out if null; it may
+// lie where z does.
+template <typename S>
+struct NoiseRows {
+  const S* z;
+  const S* noise;
+  const S* weight;
+  const S* bias;
+  S* e;
+  RowTarget<S> scaled;
+  bool appends;
+  S* rstd;
+  S* mean;
+  S* norm_rstd;
+  int64_t num_rows;
+  int64_t size;
+  int64_t noise_size;
+  double eps;
+};
+
+// z becomes its gradient. What reads the two norms is scaled * A^T + rstd * norm_rstd * by_factor +
+// norm_rstd * by_norm; grad_first is its gradient, grad_scaled that of scaled [num_rows,
+// noise_size]. grad_out is the gradient of e as far as it is read elsewhere. The sums are added to:
+// gradients of by_factor and by_norm, of weight and bias and of b, and the sum of grad_out.
+template <typename S>
+struct NoiseBackwardRows {
+  S* z;
+  const S* noise;
+  const S* weight;
+  const S* bias;
+  const S* by_factor;
+  const S* by_norm;
+  const S* grad_first;
+  const S* grad_scaled;
+  const S* grad_out;
+  const S* rstd;
+  const S* mean;
+  const S* norm_rstd;
+  S* factor_sum;
+  S* norm_sum;
+  S* grad_weight;
+  S* grad_bias;
+  S* grad_z_sum;
+  S* grad_out_sum;
+  int64_t num_rows;
+  int64_t size;
+  int64_t noise_size;
+};
+
+// sum += the rows
+template <typename S>
+struct ColumnSumRows {
+  const S* rows;
+  ComputeOf<S>* sum;
+  int64_t num_rows;
+  int64_t size;
+};
+
 // sum[p] = sum over the samples of position p of rows [num_positions * num_samples, size].
 template <typename S>
 struct SampleSumRows {
@@ -140,5 +201,12 @@ template <typename S>
 void run_rows(const GatedBackwardRows<S>& rows);
 template <typename S>
 void run_rows(const SampleSumRows<S>& rows);
+template <typename S>
+void run_rows(const ColumnSumRows<S>& rows);
+// float and double alone.
+template <typename S>
+void run_rows(const NoiseRows<S>& rows);
+template <typename S>
+void run_rows(const NoiseBackwardRows<S>& rows);
 
 }  // namespace calm

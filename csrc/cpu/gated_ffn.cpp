@@ -20,9 +20,11 @@
 
 #include "cpu/dtype_dispatch.h"
 #include "cpu/gated_ffn_rows.h"
-#include "cpu/large_pages.h"
 #include "cpu/matmul_into.h"
+#include "cpu/pooled_tensor.h"
 #include "cpu/registration.h"
+#include "cpu/task_sums.h"
+#include "cpu/weight_sums.h"
 #include "cpu/workspace.h"
 
 namespace calm {
@@ -30,22 +32,15 @@ namespace {
 
 // Rows of a block: 18 MB of activations at H = 512, I = 1280 in float32. Of 256, 512, 1024, 2048
 // and all 4096 rows measured at 2 threads, 1024 and 2048 were fastest; every thread needs its
-// share.
-constexpr int64_t kBlockRows = 1024;
-constexpr int64_t kBlockRowsPerThread = 256;
+// share. Whole tiles of twelve rows (see cpu/sgemm.cpp).
+constexpr int64_t kBlockRows = 1008;
+constexpr int64_t kBlockRowsPerThread = 252;
 // Rows that one task of the pool takes: some 10 microseconds of work.
-constexpr int64_t kTaskRows = 16;
+constexpr int64_t kTaskRows = 12;
 
 int64_t block_rows() {
   return std::max(kBlockRows,
                   kBlockRowsPerThread * static_cast<int64_t>(torch::stable::get_num_threads()));
-}
-
-// Memory for a matrix that the products fill.
-Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape) {
-  Tensor tensor = torch::stable::new_empty(like, shape);
-  use_large_pages(tensor);
-  return tensor;
 }
 
 ScalarType compute_type(const Tensor& x) {
@@ -165,7 +160,7 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
   Tensor grad_gate_up = memory.matrix(memory->grad_gate_up, x, block, 2 * size);
   Tensor again = memory.matrix(memory->gate_up, x, kept ? 0 : block, 2 * size);
   const bool packs = weight_grads && multiplies(product, hidden_size) && multiplies(normed, size);
-  // The upper halves of sums over rows, to be added to the gradients, which hold the lower ones.
+  WeightSums sums(packs, memory->activations, memory->left);
   const int64_t part = packs ? size : 0;
   Tensor upper_gate = memory.matrix(memory->upper, x, 3 * part, hidden_size);
   const Tensor upper_up = rows(upper_gate, part, part);
@@ -209,29 +204,13 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
     const Tensor grad_gate = columns(some_grads, 0, size);
     const Tensor grad_up = columns(some_grads, size, size);
     if (weight_grads) {
-      // Of the last operand, which the two products of `normed` share.
-      const auto pack = [&](const Tensor& b, int64_t left_rows) {
-        if (!packs) return RightOperand(b, left_rows, memory->activations);
-        memory->activations.pack_in_two(matrix_of(b));
-        return RightOperand(memory->activations);
-      };
-      const auto accumulate = [&](Tensor& sum, const Tensor& upper, const Tensor& a,
-                                  const RightOperand& b) {
-        if (packs) {
-          multiply_in_two(sum, upper, start != 0, transposed(a), *b.packed(), memory->left);
-        } else if (start == 0) {
-          multiply(sum, transposed(a), b, memory->left);
-        } else {
-          multiply_onto(sum, sum, transposed(a), b, memory->left);
-        }
-      };
       {
-        const RightOperand right = pack(some_product, hidden_size);
-        accumulate(gradients.down_weight, upper_down, some_grad_out, right);
+        const RightOperand right = sums.pack(some_product, hidden_size);
+        sums.accumulate(gradients.down_weight, upper_down, start == 0, some_grad_out, right);
       }
-      const RightOperand right = pack(some_normed, size);
-      accumulate(gradients.gate_weight, upper_gate, grad_gate, right);
-      accumulate(gradients.up_weight, upper_up, grad_up, right);
+      const RightOperand right = sums.pack(some_normed, size);
+      sums.accumulate(gradients.gate_weight, upper_gate, start == 0, grad_gate, right);
+      sums.accumulate(gradients.up_weight, upper_up, start == 0, grad_up, right);
     }
     Tensor grad_x = rows(gradients.x, start, count);
     multiply(grad_x, grad_gate, gate, memory->left);
@@ -249,13 +228,8 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
     add_onto(gradients.up_weight, upper_up);
     add_onto(gradients.down_weight, upper_down);
   }
-  S* const grad_norm_weight = gradients.norm_weight.mutable_data_ptr<S>();
-  const T* const parts = row_of<T>(std::as_const(partial), 0);
-  for (int64_t h = 0; h < hidden_size; ++h) {
-    T sum = 0;
-    for (int64_t task = 0; task < num_tasks; ++task) sum += parts[task * hidden_size + h];
-    grad_norm_weight[h] = static_cast<S>(sum);
-  }
+  add_tasks(row_of<T>(std::as_const(partial), 0), num_tasks, hidden_size, hidden_size,
+            gradients.norm_weight.mutable_data_ptr<S>());
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& norm_weight,
@@ -266,9 +240,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_ffn(const Tensor& x_in, const Tensor& n
   const Weights weights{torch::stable::contiguous(norm_weight), gate_weight, up_weight,
                         down_weight};
   const int64_t num_rows = x.size(0);
-  Tensor out = fresh(x, {num_rows, x.size(1)});
+  Tensor out = pooled_empty(x, {num_rows, x.size(1)});
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, compute_type(x));
-  Tensor gate_up = fresh(x, {save_activations ? num_rows : 0, 2 * weights.size()});
+  Tensor gate_up = pooled_empty(x, {save_activations ? num_rows : 0, 2 * weights.size()});
   if (num_rows == 0) return {out, rstd, gate_up};
   dispatch_floating(x.scalar_type(),
                     [&]<typename S>() { forward<S>(x, weights, eps, out, rstd, gate_up); });
@@ -290,9 +264,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_ffn_backward(
   const int64_t size = weights.size();
   const auto gradient = [&](std::initializer_list<int64_t> shape) {
     if (!weight_grads) return torch::stable::new_empty(x, {0});
-    return num_rows == 0 ? torch::stable::new_zeros(x, shape) : fresh(x, shape);
+    return num_rows == 0 ? torch::stable::new_zeros(x, shape) : pooled_empty(x, shape);
   };
-  Gradients gradients{fresh(x, {num_rows, hidden_size}), gradient({hidden_size}),
+  Gradients gradients{pooled_empty(x, {num_rows, hidden_size}), gradient({hidden_size}),
                       gradient({size, hidden_size}), gradient({size, hidden_size}),
                       gradient({hidden_size, size})};
   if (num_rows != 0) {

@@ -8,7 +8,9 @@
 
 #include "cpu/dtype_dispatch.h"
 #include "cpu/gated_ffn_rows.h"
+#include "cpu/pooled_tensor.h"
 #include "cpu/registration.h"
+#include "cpu/task_sums.h"
 
 namespace calm {
 namespace {
@@ -41,7 +43,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x_in, const Tensor& we
   const Tensor weight = torch::stable::contiguous(weight_in);
   const int64_t num_rows = x.size(0);
   const int64_t size = x.size(1);
-  Tensor out = torch::stable::new_empty(x, {num_rows, size});
+  Tensor out = pooled_empty(x, {num_rows, size});
   Tensor rstd = torch::stable::new_empty(x, {num_rows}, compute_type(x));
   dispatch_floating(x.scalar_type(), [&]<typename S>() {
     const S* in = x.const_data_ptr<S>();
@@ -65,7 +67,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& grad_out_in, const
   const int64_t num_rows = x.size(0);
   const int64_t size = x.size(1);
   const int64_t num_tasks = (num_rows + kTaskRows - 1) / kTaskRows;
-  Tensor grad_x = torch::stable::new_empty(x, {num_rows, size});
+  Tensor grad_x = pooled_empty(x, {num_rows, size});
   Tensor grad_weight = torch::stable::new_empty(x, {size});
   Tensor partial = torch::stable::new_zeros(x, {num_tasks, size}, compute_type(x));
   dispatch_floating(x.scalar_type(), [&]<typename S>() {
@@ -81,12 +83,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& grad_out_in, const
       rms_norm_backward<S>({in + at, scale, rstds + first, grad + at, nullptr, result + at,
                             sums + task * size, n, size});
     });
-    S* total = grad_weight.mutable_data_ptr<S>();
-    for (int64_t i = 0; i < size; ++i) {
-      double sum = 0.0;  // of up to millions of pieces
-      for (int64_t task = 0; task < num_tasks; ++task) sum += sums[task * size + i];
-      total[i] = static_cast<S>(sum);
-    }
+    // In double: up to millions of pieces.
+    add_tasks_in<double>(sums, num_tasks, size, size, grad_weight.mutable_data_ptr<S>());
   });
   return {grad_x, grad_weight};
 }

@@ -17,7 +17,9 @@
 
 #include "cpu/lane_rows.h"
 #include "cpu/multiversion.h"
+#include "cpu/pooled_tensor.h"
 #include "cpu/registration.h"
+#include "cpu/rotary_attention.h"
 #include "cpu/tile_product.h"
 #include "cpu/workspace.h"
 
@@ -27,30 +29,6 @@ namespace {
 constexpr int kPanel = kTileColumns;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Shape {
-  int64_t batch;
-  int64_t length;
-  int64_t heads;
-  int64_t key_heads;
-  int64_t width;
-  float scale;
-
-  int64_t group() const { return heads / key_heads; }
-  int64_t width_panels() const { return ceil_div(width, kPanel); }
-  int64_t length_panels() const { return ceil_div(length, kPanel); }
-  int64_t padded_length() const { return length_panels() * kPanel; }
-};
-
-// Cosines and sines [1 or B, T, width].
-struct Angles {
-  const float* cos;
-  const float* sin;
-  int64_t batch_stride;
-  int64_t width;
-
-  int64_t at(int64_t b, int64_t t) const { return b * batch_stride + t * width; }
-};
 
 // to = from with each pair of halves turned; backward: the gradient of that.
 CALM_MULTIVERSION void rotate(const float* from, const float* cos, const float* sin, int64_t width,
@@ -150,28 +128,6 @@ struct Memory {
   }
 };
 
-// Heads of [B, T, num_heads * width].
-template <typename T>
-struct Heads {
-  T* data;
-  int64_t length;
-  int64_t num_heads;
-  int64_t width;
-
-  int64_t stride() const { return num_heads * width; }
-  T* at(int64_t b, int64_t t, int64_t head) const {
-    return data + (b * length + t) * stride() + head * width;
-  }
-};
-
-struct Inputs {
-  Shape shape;
-  Heads<const float> queries;
-  Heads<const float> keys;
-  Heads<const float> values;
-  Angles angles;
-};
-
 // function(first query, queries) for tiles of about equal height.
 template <typename Function>
 void for_tiles(int64_t length, const Function& function) {
@@ -185,43 +141,47 @@ void for_tiles(int64_t length, const Function& function) {
 // One key head of a sequence.
 class KeyHead {
  public:
-  KeyHead(const Inputs& in, int64_t b, int64_t key_head, Memory& memory)
-      : in_(in), shape_(in.shape), b_(b), key_head_(key_head), memory_(memory) {
-    const int64_t padded = shape_.width_panels() * kPanel;
-    float* const keys = memory.keys.at_least(shape_.length * shape_.width);
-    for (int64_t t = 0; t < shape_.length; ++t) {
-      rotate_row(in.keys.at(b, t, key_head), t, keys + t * shape_.width);
+  KeyHead(const AttentionInputs& in, int64_t b, int64_t key_head, Memory& memory)
+      : in_(in),
+        width_panels_(ceil_div(in.width, kPanel)),
+        padded_length_(ceil_div(in.length, kPanel) * kPanel),
+        b_(b),
+        key_head_(key_head),
+        memory_(memory) {
+    const int64_t padded = width_panels_ * kPanel;
+    float* const keys = memory.keys.at_least(in_.length * in_.width);
+    for (int64_t t = 0; t < in_.length; ++t) {
+      rotate_row(in.keys.at(b, t, key_head), t, keys + t * in_.width);
     }
-    keys_as_rows_ = memory.keys_as_rows.at_least(shape_.padded_length() * shape_.width);
-    pack_rows(keys, shape_.width, shape_.length, shape_.width, keys_as_rows_);
-    queries_ = memory.queries.at_least(kTileRows * shape_.width);
-    weights_ = memory.weights.at_least(kTileRows * shape_.padded_length());
-    value_columns_ = memory.value_columns.at_least(shape_.length * padded);
+    keys_as_rows_ = memory.keys_as_rows.at_least(padded_length_ * in_.width);
+    pack_rows(keys, in_.width, in_.length, in_.width, keys_as_rows_);
+    queries_ = memory.queries.at_least(kTileRows * in_.width);
+    weights_ = memory.weights.at_least(kTileRows * padded_length_);
+    value_columns_ = memory.value_columns.at_least(in_.length * padded);
   }
 
   void forward(const Heads<float>& out, float* log_sums) {
-    pack_columns(in_.values.at(b_, 0, key_head_), in_.values.stride(), shape_.length, shape_.width,
+    pack_columns(in_.values.at(b_, 0, key_head_), in_.values.row_stride, in_.length, in_.width,
                  value_columns_);
     alignas(64) float tile[kTileRows * kPanel];
-    for (int64_t head = key_head_ * shape_.group(); head < (key_head_ + 1) * shape_.group();
-         ++head) {
-      for_tiles(shape_.length, [&](int64_t first, int64_t count) {
+    for (int64_t head = key_head_ * in_.group(); head < (key_head_ + 1) * in_.group(); ++head) {
+      for_tiles(in_.length, [&](int64_t first, int64_t count) {
         const int64_t limit = first + count;
         scores(head, first, count);
         float inverse[kTileRows];
         for (int64_t i = 0; i < count; ++i) {
-          float* const row = weights_ + i * shape_.padded_length();
-          const float shift = largest(row, first + i + 1) * shape_.scale;
-          const float sum = exponentials(row, first + i + 1, limit, shape_.scale, shift);
+          float* const row = weights_ + i * padded_length_;
+          const float shift = largest(row, first + i + 1) * in_.scale;
+          const float sum = exponentials(row, first + i + 1, limit, in_.scale, shift);
           inverse[i] = 1.0f / sum;
-          log_sums[(b_ * shape_.heads + head) * shape_.length + first + i] = shift + std::log(sum);
+          log_sums[(b_ * in_.num_heads + head) * in_.length + first + i] = shift + std::log(sum);
         }
-        for (int64_t p = 0; p < shape_.width_panels(); ++p) {
-          multiply_tile(count, {weights_, shape_.padded_length(), 1},
-                        value_columns_ + p * shape_.length * kPanel, limit, false, tile);
+        for (int64_t p = 0; p < width_panels_; ++p) {
+          multiply_tile(count, {weights_, padded_length_, 1},
+                        value_columns_ + p * in_.length * kPanel, limit, false, tile);
           for (int64_t i = 0; i < count; ++i) {
             float* const row = out.at(b_, first + i, head) + p * kPanel;
-            const int64_t size = std::min<int64_t>(kPanel, shape_.width - p * kPanel);
+            const int64_t size = std::min<int64_t>(kPanel, in_.width - p * kPanel);
             for (int64_t k = 0; k < size; ++k) row[k] = tile[i * kPanel + k] * inverse[i];
           }
         }
@@ -232,13 +192,12 @@ class KeyHead {
   void backward(const Heads<const float>& grad_out, const Heads<const float>& out,
                 const float* log_sums, const Heads<float>& grad_queries,
                 const Heads<float>& grad_keys, const Heads<float>& grad_values) {
-    const int64_t panels = shape_.width_panels();
-    const int64_t panel_size = shape_.length * kPanel;
+    const int64_t panels = width_panels_;
+    const int64_t panel_size = in_.length * kPanel;
     float* const key_columns = memory_.key_columns.at_least(panels * panel_size);
-    pack_columns(memory_.keys.get(), shape_.width, shape_.length, shape_.width, key_columns);
-    float* const values_as_rows =
-        memory_.values_as_rows.at_least(shape_.padded_length() * shape_.width);
-    pack_rows(in_.values.at(b_, 0, key_head_), in_.values.stride(), shape_.length, shape_.width,
+    pack_columns(memory_.keys.get(), in_.width, in_.length, in_.width, key_columns);
+    float* const values_as_rows = memory_.values_as_rows.at_least(padded_length_ * in_.width);
+    pack_rows(in_.values.at(b_, 0, key_head_), in_.values.row_stride, in_.length, in_.width,
               values_as_rows);
     float* const key_sums = memory_.grad_keys.at_least(panels * panel_size);
     float* const value_sums = memory_.grad_values.at_least(panels * panel_size);
@@ -246,34 +205,33 @@ class KeyHead {
     std::fill_n(value_sums, panels * panel_size, 0.0f);
     float* const query_panels = memory_.query_panels.at_least(panels * kTileRows * kPanel);
     float* const grad_panels = memory_.grad_panels.at_least(panels * kTileRows * kPanel);
-    const int64_t padded = shape_.padded_length();
+    const int64_t padded = padded_length_;
     float* const grads = memory_.grads.at_least(kTileRows * padded);
     alignas(64) float tile[kTileRows * kPanel];
-    for (int64_t head = key_head_ * shape_.group(); head < (key_head_ + 1) * shape_.group();
-         ++head) {
-      for_tiles(shape_.length, [&](int64_t first, int64_t count) {
+    for (int64_t head = key_head_ * in_.group(); head < (key_head_ + 1) * in_.group(); ++head) {
+      for_tiles(in_.length, [&](int64_t first, int64_t count) {
         const int64_t limit = first + count;
         scores(head, first, count);
-        pack_columns(queries_, shape_.width, count, shape_.width, query_panels);
-        pack_columns(grad_out.at(b_, first, head), grad_out.stride(), count, shape_.width,
+        pack_columns(queries_, in_.width, count, in_.width, query_panels);
+        pack_columns(grad_out.at(b_, first, head), grad_out.row_stride, count, in_.width,
                      grad_panels);
-        multiply_panels({grad_out.at(b_, first, head), grad_out.stride(), 1}, count, values_as_rows,
-                        limit, grads);
+        multiply_panels({grad_out.at(b_, first, head), grad_out.row_stride, 1}, count,
+                        values_as_rows, limit, grads);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t t = first + i;
           float* const weights = weights_ + i * padded;
-          exponentials(weights, t + 1, limit, shape_.scale,
-                       log_sums[(b_ * shape_.heads + head) * shape_.length + t]);
-          const float mean = dot(grad_out.at(b_, t, head), out.at(b_, t, head), shape_.width);
-          softmax_backward(weights, grads + i * padded, t + 1, limit, mean, shape_.scale);
+          exponentials(weights, t + 1, limit, in_.scale,
+                       log_sums[(b_ * in_.num_heads + head) * in_.length + t]);
+          const float mean = dot(grad_out.at(b_, t, head), out.at(b_, t, head), in_.width);
+          softmax_backward(weights, grads + i * padded, t + 1, limit, mean, in_.scale);
         }
         for (int64_t p = 0; p < panels; ++p) {
           multiply_tile(count, {grads, padded, 1}, key_columns + p * panel_size, limit, false,
                         tile);
           for (int64_t i = 0; i < count; ++i) {
-            const int64_t size = std::min<int64_t>(kPanel, shape_.width - p * kPanel);
+            const int64_t size = std::min<int64_t>(kPanel, in_.width - p * kPanel);
             // The rotated queries are packed: their rows become those of the gradient.
-            std::copy_n(tile + i * kPanel, size, queries_ + i * shape_.width + p * kPanel);
+            std::copy_n(tile + i * kPanel, size, queries_ + i * in_.width + p * kPanel);
           }
           for_tiles(limit, [&](int64_t key, int64_t num_keys) {
             multiply_tile(num_keys, {grads + key, 1, padded}, query_panels + p * count * kPanel,
@@ -283,12 +241,12 @@ class KeyHead {
           });
         }
         for (int64_t i = 0; i < count; ++i) {
-          rotate_back(queries_ + i * shape_.width, first + i, grad_queries.at(b_, first + i, head));
+          rotate_back(queries_ + i * in_.width, first + i, grad_queries.at(b_, first + i, head));
         }
       });
     }
     float* const row = queries_;
-    for (int64_t t = 0; t < shape_.length; ++t) {
+    for (int64_t t = 0; t < in_.length; ++t) {
       unpack(key_sums, t, row);
       rotate_back(row, t, grad_keys.at(b_, t, key_head_));
       unpack(value_sums, t, grad_values.at(b_, t, key_head_));
@@ -298,18 +256,18 @@ class KeyHead {
  private:
   void rotate_row(const float* from, int64_t t, float* to) const {
     const int64_t at = in_.angles.at(b_, t);
-    rotate(from, in_.angles.cos + at, in_.angles.sin + at, shape_.width, false, to);
+    rotate(from, in_.angles.cos + at, in_.angles.sin + at, in_.width, false, to);
   }
   void rotate_back(const float* from, int64_t t, float* to) const {
     const int64_t at = in_.angles.at(b_, t);
-    rotate(from, in_.angles.cos + at, in_.angles.sin + at, shape_.width, true, to);
+    rotate(from, in_.angles.cos + at, in_.angles.sin + at, in_.width, true, to);
   }
 
   // Row t of panels [T, 32].
   void unpack(const float* panels, int64_t t, float* to) const {
-    for (int64_t column = 0; column < shape_.width; column += kPanel) {
-      std::copy_n(panels + column * shape_.length + t * kPanel,
-                  std::min<int64_t>(kPanel, shape_.width - column), to + column);
+    for (int64_t column = 0; column < in_.width; column += kPanel) {
+      std::copy_n(panels + column * in_.length + t * kPanel,
+                  std::min<int64_t>(kPanel, in_.width - column), to + column);
     }
   }
 
@@ -318,9 +276,9 @@ class KeyHead {
                        float* to) const {
     alignas(64) float tile[kTileRows * kPanel];
     for (int64_t p = 0; p * kPanel < limit; ++p) {
-      multiply_tile(count, rows, panels + p * shape_.width * kPanel, shape_.width, false, tile);
+      multiply_tile(count, rows, panels + p * in_.width * kPanel, in_.width, false, tile);
       for (int64_t i = 0; i < count; ++i) {
-        std::copy_n(tile + i * kPanel, kPanel, to + i * shape_.padded_length() + p * kPanel);
+        std::copy_n(tile + i * kPanel, kPanel, to + i * padded_length_ + p * kPanel);
       }
     }
   }
@@ -328,13 +286,14 @@ class KeyHead {
   // weights_ = products of some rotated queries of a head and the keys up to the last of them.
   void scores(int64_t head, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      rotate_row(in_.queries.at(b_, first + i, head), first + i, queries_ + i * shape_.width);
+      rotate_row(in_.queries.at(b_, first + i, head), first + i, queries_ + i * in_.width);
     }
-    multiply_panels({queries_, shape_.width, 1}, count, keys_as_rows_, first + count, weights_);
+    multiply_panels({queries_, in_.width, 1}, count, keys_as_rows_, first + count, weights_);
   }
 
-  const Inputs& in_;
-  const Shape& shape_;
+  const AttentionInputs& in_;
+  int64_t width_panels_;
+  int64_t padded_length_;
   int64_t b_;
   int64_t key_head_;
   Memory& memory_;
@@ -346,11 +305,12 @@ class KeyHead {
 
 // function(sequence, key head, memory), each pair a task.
 template <typename Function>
-void for_key_heads(const Shape& shape, const Function& function) {
-  torch::stable::parallel_for(0, shape.batch * shape.key_heads, 1, [&](int64_t begin, int64_t end) {
+void for_key_heads(const AttentionInputs& in, const Function& function) {
+  const int64_t num_tasks = in.batch * in.num_key_heads;
+  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
     Workspace<Memory> memory;
     for (int64_t task = begin; task < end; ++task) {
-      function(task / shape.key_heads, task % shape.key_heads, *memory);
+      function(task / in.num_key_heads, task % in.num_key_heads, *memory);
     }
   });
 }
@@ -371,42 +331,39 @@ struct Call {
         cos(torch::stable::contiguous(cos_in)),
         sin(torch::stable::contiguous(sin_in)) {}
 
-  Inputs inputs(double scale) const {
-    const int64_t width = cos.size(2);
-    const int64_t length = query.size(1);
-    const Shape shape{query.size(0),       length, query.size(2) / width,
-                      key.size(2) / width, width,  static_cast<float>(scale)};
-    const auto heads = [&](const Tensor& tensor) {
-      return Heads<const float>{tensor.const_data_ptr<float>(), length, tensor.size(2) / width,
-                                width};
-    };
-    return {shape, heads(query), heads(key), heads(value),
-            Angles{cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
-                   cos.size(0) == 1 ? 0 : length * width, width}};
-  }
+  AttentionInputs inputs(double scale) const;
 };
 
 Heads<float> heads_of(Tensor& tensor, int64_t width) {
-  return {tensor.mutable_data_ptr<float>(), tensor.size(1), tensor.size(2) / width, width};
+  return {tensor.mutable_data_ptr<float>(), tensor.size(1), width, tensor.size(2)};
 }
 
 Heads<const float> heads_of(const Tensor& tensor, int64_t width) {
-  return {tensor.const_data_ptr<float>(), tensor.size(1), tensor.size(2) / width, width};
+  return {tensor.const_data_ptr<float>(), tensor.size(1), width, tensor.size(2)};
+}
+
+AttentionInputs Call::inputs(double scale) const {
+  const int64_t width = cos.size(2);
+  return {query.size(0),
+          query.size(1),
+          query.size(2) / width,
+          key.size(2) / width,
+          width,
+          static_cast<float>(scale),
+          heads_of(query, width),
+          heads_of(key, width),
+          heads_of(value, width),
+          angles_of(cos, sin)};
 }
 
 std::tuple<Tensor, Tensor> rotary_attention(const Tensor& query, const Tensor& key,
                                             const Tensor& value, const Tensor& cos,
                                             const Tensor& sin, double scale) {
   const Call call(query, key, value, cos, sin);
-  const Inputs inputs = call.inputs(scale);
-  const Shape& shape = inputs.shape;
-  Tensor out = torch::stable::new_empty(call.query, {shape.batch, shape.length, query.size(2)});
-  Tensor log_sums = torch::stable::new_empty(call.query, {shape.batch, shape.heads, shape.length});
-  const Heads<float> results = heads_of(out, shape.width);
-  float* const sums = log_sums.mutable_data_ptr<float>();
-  for_key_heads(shape, [&](int64_t b, int64_t key_head, Memory& memory) {
-    KeyHead(inputs, b, key_head, memory).forward(results, sums);
-  });
+  const AttentionInputs in = call.inputs(scale);
+  Tensor out = pooled_empty(call.query, {in.batch, in.length, query.size(2)});
+  Tensor log_sums = torch::stable::new_empty(call.query, {in.batch, in.num_heads, in.length});
+  attend(in, heads_of(out, in.width), log_sums.mutable_data_ptr<float>());
   return {out, log_sums};
 }
 
@@ -419,27 +376,37 @@ std::tuple<Tensor, Tensor, Tensor> rotary_attention_backward(
   const Tensor grad_out = torch::stable::contiguous(grad_out_in);
   const Tensor out = torch::stable::contiguous(out_in);
   const Tensor log_sums = torch::stable::contiguous(log_sums_in);
-  const Inputs inputs = call.inputs(scale);
-  const int64_t width = inputs.shape.width;
+  const AttentionInputs in = call.inputs(scale);
   const auto fresh = [](const Tensor& like) {
-    return torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)});
+    return pooled_empty(like, {like.size(0), like.size(1), like.size(2)});
   };
   Tensor grad_query = fresh(call.query);
   Tensor grad_key = fresh(call.key);
   Tensor grad_value = fresh(call.value);
-  const Heads<float> to_queries = heads_of(grad_query, width);
-  const Heads<float> to_keys = heads_of(grad_key, width);
-  const Heads<float> to_values = heads_of(grad_value, width);
-  const float* const sums = log_sums.const_data_ptr<float>();
-  for_key_heads(inputs.shape, [&](int64_t b, int64_t key_head, Memory& memory) {
-    KeyHead(inputs, b, key_head, memory)
-        .backward(heads_of(grad_out, width), heads_of(out, width), sums, to_queries, to_keys,
-                  to_values);
-  });
+  attend_backward(in, heads_of(grad_out, in.width), heads_of(out, in.width),
+                  log_sums.const_data_ptr<float>(), heads_of(grad_query, in.width),
+                  heads_of(grad_key, in.width), heads_of(grad_value, in.width));
   return {grad_query, grad_key, grad_value};
 }
 
 }  // namespace
+
+void attend(const AttentionInputs& in, const Heads<float>& out, float* log_sums) {
+  for_key_heads(in, [&](int64_t b, int64_t key_head, Memory& memory) {
+    KeyHead(in, b, key_head, memory).forward(out, log_sums);
+  });
+}
+
+void attend_backward(const AttentionInputs& in, const Heads<const float>& grad_out,
+                     const Heads<const float>& out, const float* log_sums,
+                     const Heads<float>& grad_queries, const Heads<float>& grad_keys,
+                     const Heads<float>& grad_values) {
+  for_key_heads(in, [&](int64_t b, int64_t key_head, Memory& memory) {
+    KeyHead(in, b, key_head, memory)
+        .backward(grad_out, out, log_sums, grad_queries, grad_keys, grad_values);
+  });
+}
+
 }  // namespace calm
 
 STABLE_TORCH_LIBRARY_IMPL(calm_kernels, CPU, m) {

@@ -22,8 +22,9 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kTileColumns = 32;
 constexpr int64_t kMaxStep = 256;
-// Rows and panels of a task at most: 0.1 milliseconds of work.
-constexpr int64_t kTaskTiles = 11;
+// Tiles of a group of rows at most: 132 KB of the left operand.
+constexpr int64_t kGroupTiles = 11;
+// Panels of a task of sgemm_in_two at most.
 constexpr int64_t kTaskPanels = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -79,13 +80,15 @@ CALM_AVX512 int64_t pack_lanes(int num_lanes, const float* from, int64_t lane_st
   return k;
 }
 
-// out = start + a b for one tile, b's panel and a's rows packed. `start` may be null or `out`.
-CALM_AVX512 void multiply_tile(const float* a, const float* b, int64_t num_steps,
+// out = start + a b for the first kRows of one tile, b's panel and a's rows packed. `start` may be
+// null or `out`.
+template <int kRows>
+CALM_AVX512 void multiply_rows(const float* a, const float* b, int64_t num_steps,
                                const float* start, int64_t start_stride, float* out,
                                int64_t out_stride) {
-  Lanes16 sums[kTileRows][2];
+  Lanes16 sums[kRows][2];
 #pragma GCC unroll 12
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     sums[i][0] = Lanes16{};
     sums[i][1] = Lanes16{};
   }
@@ -93,7 +96,7 @@ CALM_AVX512 void multiply_tile(const float* a, const float* b, int64_t num_steps
     const Lanes16 left = *reinterpret_cast<const Lanes16*>(b);
     const Lanes16 right = *reinterpret_cast<const Lanes16*>(b + 16);
 #pragma GCC unroll 12
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       sums[i][0] += a[i] * left;
       sums[i][1] += a[i] * right;
     }
@@ -101,7 +104,7 @@ CALM_AVX512 void multiply_tile(const float* a, const float* b, int64_t num_steps
     b += kTileColumns;
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     if (start != nullptr) {
       sums[i][0] += *reinterpret_cast<const Unaligned16*>(start + i * start_stride);
       sums[i][1] += *reinterpret_cast<const Unaligned16*>(start + i * start_stride + 16);
@@ -113,9 +116,10 @@ CALM_AVX512 void multiply_tile(const float* a, const float* b, int64_t num_steps
 #else
 int64_t pack_lanes(int, const float*, int64_t, int64_t, float*) { return 0; }
 
-void multiply_tile(const float* a, const float* b, int64_t num_steps, const float* start,
+template <int kRows>
+void multiply_rows(const float* a, const float* b, int64_t num_steps, const float* start,
                    int64_t start_stride, float* out, int64_t out_stride) {
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kTileColumns; ++j) {
       float sum = 0.0f;
       for (int64_t k = 0; k < num_steps; ++k) {
@@ -158,7 +162,13 @@ void multiply_part(const float* a, const float* b, int64_t num_steps, const floa
                    int64_t start_stride, float* out, int64_t out_stride, int64_t num_rows,
                    int64_t num_columns) {
   float whole[kTileRows * kTileColumns];
-  multiply_tile(a, b, num_steps, nullptr, 0, whole, kTileColumns);
+  if (num_rows <= 4) {
+    multiply_rows<4>(a, b, num_steps, nullptr, 0, whole, kTileColumns);
+  } else if (num_rows <= 8) {
+    multiply_rows<8>(a, b, num_steps, nullptr, 0, whole, kTileColumns);
+  } else {
+    multiply_rows<kTileRows>(a, b, num_steps, nullptr, 0, whole, kTileColumns);
+  }
   for (int64_t i = 0; i < num_rows; ++i) {
     for (int64_t j = 0; j < num_columns; ++j) {
       const float sum = whole[i * kTileColumns + j];
@@ -177,10 +187,50 @@ void multiply_at(const Matrix<float>& out, const Matrix<const float>* start, con
   const int64_t start_stride = start == nullptr ? 0 : start->row_stride;
   float* const to = out.data + row * out.row_stride + column;
   if (num_rows == kTileRows && num_columns == kTileColumns) {
-    multiply_tile(a, b, num_steps, from, start_stride, to, out.row_stride);
+    multiply_rows<kTileRows>(a, b, num_steps, from, start_stride, to, out.row_stride);
   } else {
     multiply_part(a, b, num_steps, from, start_stride, to, out.row_stride, num_rows, num_columns);
   }
+}
+
+// Tiles of a result in the order in which they are made: those of a group of rows for one panel
+// after another, so that the group's left operand stays in L2 and a panel for its tiles in L1.
+struct TileRange {
+  int64_t first_tile;
+  int64_t num_tiles;  // of the group
+  int64_t begin;      // of the group's tiles in that order
+  int64_t end;
+
+  // function(tile, panel)
+  template <typename Function>
+  void each(const Function& function) const {
+    int64_t panel = begin / num_tiles;
+    int64_t tile = begin % num_tiles;
+    for (int64_t i = begin; i < end; ++i) {
+      function(first_tile + tile, panel);
+      if (++tile == num_tiles) {
+        tile = 0;
+        ++panel;
+      }
+    }
+  }
+};
+
+// function(range) for all tiles; threads get equal numbers of them, whatever the groups.
+template <typename Function>
+void for_tile_ranges(int64_t num_tiles, int64_t num_panels, const Function& function) {
+  const int64_t num_groups = ceil_div(num_tiles, kGroupTiles);
+  torch::stable::parallel_for(
+      0, num_tiles * num_panels, kGroupTiles, [&](int64_t begin, int64_t end) {
+        for (int64_t group = 0; group < num_groups; ++group) {
+          const int64_t first = group * num_tiles / num_groups;
+          const int64_t count = (group + 1) * num_tiles / num_groups - first;
+          const int64_t start = first * num_panels;
+          const int64_t from = std::max(begin - start, int64_t{0});
+          const int64_t to = std::min(end - start, count * num_panels);
+          if (from < to) function(TileRange{first, count, from, to});
+        }
+      });
 }
 
 // Twelve rows from `row` on and `count` steps from `first` on, in the order of the micro-kernel.
@@ -271,22 +321,9 @@ void sgemm(const Matrix<float>& out, const Matrix<const float>* start, const Mat
     multiply_at(out, first == 0 ? start : &so_far, packed_rows(first, tile),
                 b.panel(first, count, panel), count, tile * kTileRows, panel * kTileColumns);
   };
-  // Tasks of equal size: a thread gets as many of them as another.
-  const int64_t row_tasks = ceil_div(num_tiles, kTaskTiles);
-  const int64_t column_tasks = ceil_div(num_panels, kTaskPanels);
-  torch::stable::parallel_for(0, row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row_task = task / column_tasks;
-      const int64_t column_task = task % column_tasks;
-      const int64_t last_tile = (row_task + 1) * num_tiles / row_tasks;
-      const int64_t last_panel = (column_task + 1) * num_panels / column_tasks;
-      for (int64_t first = 0; first < depth; first += step) {
-        for (int64_t j = column_task * num_panels / column_tasks; j < last_panel; ++j) {
-          for (int64_t i = row_task * num_tiles / row_tasks; i < last_tile; ++i) {
-            add_step(first, i, j);
-          }
-        }
-      }
+  for_tile_ranges(num_tiles, num_panels, [&](const TileRange& range) {
+    for (int64_t first = 0; first < depth; first += step) {
+      range.each([&](int64_t tile, int64_t panel) { add_step(first, tile, panel); });
     }
   });
 }
@@ -310,7 +347,7 @@ void sgemm_in_two(const Matrix<float>& lower, const Matrix<float>& upper, bool a
       pack_tile(a, tile * kTileRows, first, count, packed_rows(first, count, tile));
     }
   });
-  const int64_t row_tasks = ceil_div(num_tiles, kTaskTiles);
+  const int64_t row_tasks = ceil_div(num_tiles, kGroupTiles);
   const int64_t column_tasks = ceil_div(num_panels, kTaskPanels);
   const int64_t tasks = row_tasks * column_tasks;
   torch::stable::parallel_for(0, 2 * tasks, 1, [&](int64_t begin, int64_t end) {

@@ -3,18 +3,26 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <vector>
 
 #include "cpu/matmul.h"
 #include "cpu/registration.h"
 
 namespace calm {
 
+// Of every kind of workspace: a function that gives back the calling thread's, and tells its bytes.
+inline std::vector<int64_t (*)()>& workspace_releases() {
+  static auto& releases = *new std::vector<int64_t (*)()>();
+  return releases;
+}
+
 // The calling thread's `Memory`, for the time of one call. A Memory is a struct of parts with
 // `int64_t bytes() const`; more than 64 MB of it are given back.
 template <typename Memory>
 class Workspace {
  public:
-  Workspace() = default;
+  Workspace() { static_cast<void>(kRegistered); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
@@ -44,6 +52,14 @@ class Workspace {
         torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
   }
 
+  static int64_t release() {
+    const int64_t bytes = thread_memory_.bytes();
+    thread_memory_ = Memory();
+    return bytes;
+  }
+
+  // Before anybody calls: when the library is loaded.
+  inline static const bool kRegistered = (workspace_releases().push_back(&release), true);
   inline static thread_local Memory thread_memory_;
   Memory& memory_ = thread_memory_;
 };

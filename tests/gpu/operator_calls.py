@@ -31,6 +31,9 @@ class Draws:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
 
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator)
+
     def ids(self, high: int, *shape: int) -> Tensor:
         return torch.randint(0, high, shape, generator=self.generator)
 
@@ -119,6 +122,43 @@ def _head_block(draws: Draws) -> Arguments:
         arguments[f"{name}_weight"] = draws.normal(*shape) * shape[1] ** -0.5
         arguments[f"{name}_bias"] = 0.1 * draws.normal(shape[0])
     return arguments
+
+
+def _head_first_block(draws: Draws) -> Arguments:
+    size, noise_size = 33, 7
+    arguments = {
+        "noise": draws.uniform(11, 5, noise_size) - 0.5,
+        "condition": draws.normal(11, size),
+        "embed_weight": draws.normal(size, noise_size) * noise_size**-0.5,
+        "embed_bias": 0.3 * draws.normal(size),
+    }
+    for name in ("embed_norm", "norm"):
+        arguments[f"{name}_weight"] = 1 + 0.3 * draws.normal(size)
+        arguments[f"{name}_bias"] = 0.3 * draws.normal(size)
+    shapes = {
+        "in": (size, 2 * size), "mid": (size, size), "out": (2 * size, size), "down": (size, size)
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        arguments[f"{name}_weight"] = draws.normal(*shape) * shape[1] ** -0.5
+        arguments[f"{name}_bias"] = 0.3 * draws.normal(shape[0])
+    return arguments
+
+
+def _first_block(noise: Tensor, condition: Tensor, **weights: Tensor) -> Tensor:
+    return calm_kernels.energy_head_first_block(noise, condition, list(weights.values()))
+
+
+def _head_output(draws: Draws) -> Arguments:
+    size, latent_size = 33, 13
+    return {
+        "e": 0.5 + 2 * draws.normal(53, size),
+        "norm_weight": 1 + 0.3 * draws.normal(size),
+        "norm_bias": 0.3 * draws.normal(size),
+        "hidden_weight": draws.normal(size, size) * size**-0.5,
+        "hidden_bias": 0.3 * draws.normal(size),
+        "latent_weight": draws.normal(latent_size, size) * size**-0.5,
+        "latent_bias": 0.3 * draws.normal(latent_size),
+    }
 
 
 def _ffn(draws: Draws, rows: int = 13, hidden: int = 40, size: int = 72) -> Arguments:
@@ -331,6 +371,21 @@ CALLS = (
             "down_weight",
             "down_bias",
         ),
+    ),
+    OperatorCall(
+        "energy_head_first_block",
+        ("energy_head_first_block", "energy_head_first_block_backward"),
+        _head_first_block,
+        _first_block,
+        dtypes=(torch.float32,),
+        gradients=tuple(name for name in _head_first_block(Draws(0)) if name != "noise"),
+    ),
+    OperatorCall(
+        "energy_head_output",
+        ("energy_head_output", "energy_head_output_backward"),
+        _head_output,
+        calm_kernels.energy_head_output,
+        gradients=tuple(_head_output(Draws(0))),
     ),
     OperatorCall(
         "rms_norm",

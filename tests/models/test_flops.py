@@ -59,6 +59,10 @@ def plain_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, **settin
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers in plain PyTorch: the counter does not look into the package's operators."""
     monkeypatch.setattr("calm_kernels.nn.energy_head.energy_head_block", plain_block)
+    for name in ("why_not_first_block", "why_not_output"):
+        monkeypatch.setattr(
+            f"calm_kernels.nn.energy_head.{name}", lambda *_: "operations are counted"
+        )
     monkeypatch.setattr("calm_kernels.nn.gated_ffn.gated_ffn", plain_ffn)
     monkeypatch.setattr("calm_kernels.models.decoder_layer.gated_ffn", plain_ffn)
     for name in ("nn.linear_cross_entropy", "models.baseline"):
