@@ -70,6 +70,8 @@ def operation(module: str) -> str:
     """The operation that a module is part of: one may be told in several files."""
     if module.startswith("expected_distance"):
         return "energy_score"
+    if module == "attention_block":
+        return "rotary_attention"
     return next((name for name in OPERATIONS if module.startswith(name)), module)
 
 

@@ -13,6 +13,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
 )
 
+from calm_kernels._modules import computes_alone
+from calm_kernels.ops.attention_block import attention_block, why_not_attention_block
 from calm_kernels.ops.gated_ffn import gated_ffn
 from calm_kernels.ops.rms_norm import rms_norm
 from calm_kernels.ops.rotary_attention import rotary_attention, why_not_rotary_attention
@@ -56,6 +58,19 @@ class FastAttention(LlamaAttention):
         )
         return self.o_proj(seen), None
 
+    def takes_whole(self, x: Tensor, norm: nn.Module) -> bool:
+        """Whether ``attention_block`` serves, with a norm in front and the residual."""
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return (
+            why_not_attention_block(x) is None
+            and self._takes(x)
+            and isinstance(norm, FastRMSNorm)
+            and norm.weight.dtype == x.dtype
+            and computes_alone(self, norm, *projections)
+            and all(isinstance(p, nn.Linear) and p.bias is None for p in projections)
+            and all(p.weight.dtype == x.dtype for p in projections)
+        )
+
     def _takes(self, x: Tensor) -> bool:
         return (
             why_not_rotary_attention(x) is None
@@ -76,17 +91,53 @@ class FastDecoderLayer(LlamaDecoderLayer):
         if args or not self._takes(hidden_states):
             out: Tensor = super().forward(hidden_states, *args, **kwargs)
             return out
-        normed = self.input_layernorm(hidden_states)
-        attended, _ = self.self_attn(hidden_states=normed, **kwargs)
         mlp = self.mlp
         return gated_ffn(
-            hidden_states + attended,
+            self._attended(hidden_states, **kwargs),
             self.post_attention_layernorm.weight,
             mlp.gate_proj.weight,
             mlp.up_proj.weight,
             mlp.down_proj.weight,
             eps=self.post_attention_layernorm.variance_epsilon,
         )
+
+    def _attended(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention and its residual."""
+        norm, attention = self.input_layernorm, self.self_attn
+        if (
+            position_embeddings is not None
+            and attention_mask is None
+            and past_key_values is None
+            and isinstance(attention, FastAttention)
+            and attention.takes_whole(x, norm)
+        ):
+            return attention_block(
+                x,
+                norm.weight,
+                attention.q_proj.weight,
+                attention.k_proj.weight,
+                attention.v_proj.weight,
+                attention.o_proj.weight,
+                position_embeddings,
+                scale=attention.scaling,
+                eps=norm.variance_epsilon,
+            )
+        attended: Tensor
+        attended, _ = attention(
+            hidden_states=norm(x),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return x + attended
 
     def _takes(self, x: Tensor) -> bool:
         if torch.is_autocast_enabled(x.device.type):

@@ -1,5 +1,6 @@
 """The operators: contract, checks, dispatch. Importing this package defines their schemas."""
 
+from calm_kernels.ops.attention_block import attention_block
 from calm_kernels.ops.brier import brier_lm, brier_rates, brier_scores
 from calm_kernels.ops.decoder_step import DecoderLayerWeights, DecoderWeights, decoder_step
 from calm_kernels.ops.energy_head import energy_head_block, energy_head_first_block
@@ -36,6 +37,7 @@ __all__ = [
     "DecoderWeights",
     "LinearCrossEntropyInfo",
     "RowLayers",
+    "attention_block",
     "batch_temperature_sample",
     "brier_lm",
     "brier_rates",
