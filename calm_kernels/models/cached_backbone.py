@@ -47,14 +47,8 @@ class DynamicBackbone:
 
     def __init__(self, model: EnergyTransformer, contexts: list[list[int]]) -> None:
         self._model = model
-        device = model.transformer.embed_tokens.weight.device
         self._cache = DynamicCache(config=model.config)
-        patch_size = model.config.patch_size
-        lengths = [len(context) // patch_size for context in contexts]
-        longest = max(lengths)
-        self._mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
-        filled = [[0] * (longest * patch_size - len(context)) + context for context in contexts]
-        patches = torch.tensor(filled, device=device).reshape(len(filled), longest, -1)
+        patches, self._mask = _filled(model, contexts)
         self.hidden = self._run(patches)
         """What the head reads to draw the next patch of each sequence, [B, H]."""
 
@@ -85,10 +79,11 @@ def why_not_static(model: EnergyTransformer) -> str | None:
 class StaticBackbone:
     """The backbone with its keys and values at fixed addresses.
 
-    Prompts run through transformers' layers; from then on a step reads the submodules of each
-    layer directly. Feeding a patch is two calls: :meth:`make_room` on the host, which may replace
-    the memory, and :meth:`step`, which queues work for the device, reads nothing back, and takes
-    everything that changes from tensors, so that it can be replayed from a CUDA graph.
+    Prompts run through transformers' layers, those of a few patches as one step does; a step reads
+    the submodules of each layer directly. Feeding a patch is two calls: :meth:`make_room` on the
+    host, which may replace the memory, and :meth:`step`, which queues work for the device, reads
+    nothing back, and takes everything that changes from tensors, so that it can be replayed from a
+    CUDA graph.
 
     Args:
         model, contexts: as of :class:`DynamicBackbone`.
@@ -98,26 +93,40 @@ class StaticBackbone:
     def __init__(self, model: EnergyTransformer, contexts: list[list[int]], num_steps: int) -> None:
         self._model = model
         self._backbone: Any = model.transformer
-        first = DynamicBackbone(model, contexts)
-        self.hidden = first.hidden
-        layers: Any = first._cache.layers
-        device = self.hidden.device
-
-        mask = first._mask
+        self._weights = _step_weights(self._backbone)
+        patches, mask = _filled(model, contexts)
         self._length = mask.shape[1]
         self._longest = self._length + num_steps
         filling = self._length - mask.sum(dim=1)
         self._padded = bool(filling.any())
         self._filling = filling
         """Patches on the left of each sequence that are not its own, [B]."""
-        self._position = torch.tensor([self._length], device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=mask.device)
         """Where the next patch goes, [1]."""
+        self._keys: Tensor
+        self._values: Tensor
+        """Of all layers, [layers, B, key heads, capacity, width]."""
+        self.hidden = self._run_prompts(patches, contexts)
+        self._position.fill_(self._length)
+
+    def _run_prompts(self, patches: Tensor, contexts: list[list[int]]) -> Tensor:
+        """Fill keys and values; returns ``hidden``."""
         capacity = self._capacity(self._length)
+        if self._weights is not None and patches.shape[:2].numel() <= _MOST_ROWS_OF_ONE_OPERATOR:
+            x: Tensor = self._model.embed_patches(patches)
+            if self._runs_by_operator(x):
+                width = self._backbone.layers[0].self_attn.head_dim
+                shape = (self._weights.key_size // width, capacity, width)
+                self._keys = x.new_zeros((self._weights.num_layers, len(x), *shape))
+                self._values = torch.zeros_like(self._keys)
+                self._make_tables()
+                return self._step_by_operator(x, self._weights)[:, -1]
+        first = DynamicBackbone(self._model, contexts)
+        layers: Any = first._cache.layers
         self._keys = _widened(torch.stack([layer.keys for layer in layers]), capacity)
         self._values = _widened(torch.stack([layer.values for layer in layers]), capacity)
-        """Of all layers, [layers, B, key heads, capacity, width]."""
         self._make_tables()
-        self._weights = _step_weights(self._backbone)
+        return first.hidden
 
     @property
     def capturable(self) -> bool:
@@ -166,7 +175,9 @@ class StaticBackbone:
         """int64 [B, K] -> [B, H]; the place was made by :meth:`make_room`."""
         x: Tensor = self._model.embed_patches(patches)
         if self._weights is not None and self._runs_by_operator(x):
-            return self._step_by_operator(x, self._weights)
+            hidden = self._step_by_operator(x, self._weights)
+            self._position += 1
+            return hidden
         places = (self._position - self._filling).unsqueeze(1)
         rotary = (F.embedding(places, self._cos), F.embedding(places, self._sin))
         # A recording has one shape: it attends to all slots, of which a mask hides the free ones.
@@ -181,10 +192,10 @@ class StaticBackbone:
     def _runs_by_operator(self, x: Tensor) -> bool:
         if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
             return False
-        return len(x) <= _MOST_ROWS_OF_ONE_OPERATOR
+        return x.shape[:-1].numel() <= _MOST_ROWS_OF_ONE_OPERATOR
 
     def _step_by_operator(self, x: Tensor, weights: DecoderWeights) -> Tensor:
-        hidden = decoder_step(
+        return decoder_step(
             x,
             weights,
             self._keys,
@@ -194,8 +205,6 @@ class StaticBackbone:
             (self._cos, self._sin),
             scale=self._backbone.layers[0].self_attn.scaling,
         )
-        self._position += 1
-        return hidden
 
     def _mask(self, visible: int) -> Tensor | None:
         """Which slots each sequence sees, bool [B or 1, 1, 1, visible]; None for all."""
@@ -248,6 +257,17 @@ def make_backbone(model: EnergyTransformer, contexts: list[list[int]], num_steps
     if why_not_static(model) is None:
         return StaticBackbone(model, contexts, num_steps)
     return DynamicBackbone(model, contexts)
+
+
+def _filled(model: EnergyTransformer, contexts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Patches [B, n, K] of contexts filled on the left, and which of them are theirs, [B, n]."""
+    device = model.transformer.embed_tokens.weight.device
+    patch_size = model.config.patch_size
+    lengths = [len(context) // patch_size for context in contexts]
+    longest = max(lengths)
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=device)
+    filled = [[0] * (longest * patch_size - len(context)) + context for context in contexts]
+    return torch.tensor(filled, device=device).reshape(len(filled), longest, -1), mask
 
 
 def _widened(cached: Tensor, capacity: int) -> Tensor:

@@ -36,12 +36,12 @@ def project_patches(patches: Tensor, embedding: nn.Module, layers: nn.Sequential
 
 
 def _looked_up(patches: Tensor, embedding: Any, linear: Any) -> Tensor:
-    """``linear`` of the embeddings side by side, as a sum of K rows of a table [K * V, N]."""
-    (vocab_size, size), patch_size = embedding.weight.shape, patches.shape[-1]
-    weights = linear.weight.view(-1, patch_size, size).permute(1, 2, 0)
-    table = torch.matmul(embedding.weight, weights).flatten(0, 1)
-    places = torch.arange(patch_size, device=patches.device) * vocab_size
-    total = F.embedding_bag((patches + places).reshape(-1, patch_size), table, mode="sum")
+    """``linear`` of the embeddings side by side, as a sum of K rows of a table [V * K, N]."""
+    size, patch_size = embedding.weight.shape[1], patches.shape[-1]
+    weights = linear.weight.view(-1, patch_size, size).transpose(0, 1).flatten(0, 1)
+    table = F.linear(embedding.weight, weights).view(-1, linear.out_features)
+    rows = patches * patch_size + torch.arange(patch_size, device=patches.device)
+    total = F.embedding_bag(rows.reshape(-1, patch_size), table, mode="sum")
     if linear.bias is not None:
         total = total + linear.bias
     return total.view(*patches.shape[:-1], -1)

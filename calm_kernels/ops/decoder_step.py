@@ -1,4 +1,4 @@
-"""One new position of each sequence through Llama decoder layers, keys and values cached."""
+"""New positions of each sequence through Llama decoder layers, keys and values cached."""
 
 from __future__ import annotations
 
@@ -122,21 +122,24 @@ def decoder_step(
     *,
     scale: float,
 ) -> Tensor:
-    """Run Llama decoder layers on one new position of each sequence. No gradient.
+    """Run Llama decoder layers on a few new positions of each sequence. No gradient.
+
+    Made for few rows, B * T up to 32 or so: each of them meets every weight on its own.
 
     Args:
-        x: float32 [B, H].
+        x: float32 [B, H], or [B, T, H] for T positions that follow one another.
         weights: of the layers and of the norm behind them.
-        keys, values: float32 [layers, B, key_heads, capacity, width], contiguous; slot ``position``
-            is written.
-        position: int64 [1], the slot of the new position, in [0, capacity).
-        filling: int64 [B], the slot of each sequence's first position, at most ``position``.
+        keys, values: float32 [layers, B, key_heads, capacity, width], contiguous; the T slots
+            from ``position`` on are written.
+        position: int64 [1], the slot of the first new position; all lie in [0, capacity).
+        filling: int64 [B], the slot of each sequence's first position, at most the last new one.
+            What is given for new positions before it has no meaning.
         rotary: cosines and sines [capacity, width] by a position's distance from the first; the
             first half of the sines negated.
         scale: of the products of queries and keys.
 
     Returns:
-        [B, H]
+        of the shape of x
 
     Raises:
         TypeError: wrong dtype. ValueError: wrong shape, a slot out of range (CPU tensors).
@@ -144,8 +147,9 @@ def decoder_step(
     Source: transformers' LlamaModel; head h of the queries reads key head
     h // (heads / key_heads).
     """
-    _checks.tensor("x", x, _FLOAT32, ("B", weights.hidden_size))
-    batch = x.shape[0]
+    steps = ("T",) if x.dim() == 3 else ()
+    _checks.tensor("x", x, _FLOAT32, ("B", *steps, weights.hidden_size))
+    batch, num_steps = x.shape[0], x.shape[1] if steps else 1
     shape = (weights.num_layers, batch, "key_heads", "capacity", "width")
     _checks.tensor("keys", keys, _FLOAT32, shape)
     _checks.tensor("values", values, _FLOAT32, tuple(keys.shape))
@@ -164,15 +168,16 @@ def decoder_step(
         _checks.tensor("rotary", table, _FLOAT32, (capacity, width))
     device = _checks.same_device(x=x, keys=keys, values=values, position=position, filling=filling)
     if device.type == "cpu" and batch:
-        at, fillings = int(position), filling.tolist()
+        at, fillings = int(position) + num_steps - 1, filling.tolist()
         first, last = min(fillings), max(fillings)
-        if not 0 <= first <= last <= at < capacity:
+        if not (0 <= first <= last <= at < capacity and num_steps <= at + 1):
             raise ValueError(
                 f"position: expected 0 <= filling <= position < {capacity}; got filling in "
                 f"[{first}, {last}], position {at}"
             )
     tables = [table.contiguous() for table in rotary]
+    rows = x.reshape(-1, weights.hidden_size)
     result: Tensor = _decoder_step(
-        device, x, weights.tensors, keys, values, position, filling, *tables, weights.eps, scale
+        device, rows, weights.tensors, keys, values, position, filling, *tables, weights.eps, scale
     )
-    return result
+    return result.view(x.shape)

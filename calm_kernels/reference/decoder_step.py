@@ -1,12 +1,12 @@
-"""One new position of each sequence through Llama decoder layers: the specification.
+"""New positions of each sequence through Llama decoder layers: the specification.
 
     n = RMSNorm(x); query, key, value = projections of n, query and key rotated
     y = x + Wo attention;  x = y + Wd (silu(Wg m) * (Wu m)),  m = RMSNorm(y)
 
 for every layer, then an RMSNorm.
 
-The new key and value join the cache in place; the query sees the positions from the sequence's
-first to its own.
+One position after the other: the new key and value join the cache in place; the query sees the
+positions from the sequence's first to its own.
 """
 
 from __future__ import annotations
@@ -32,8 +32,32 @@ def decoder_step(
 ) -> Tensor:
     """See :func:`calm_kernels.ops.decoder_step.decoder_step`.
 
-    ``weights`` are nine a layer and the last norm's, ``eps`` two a layer and the last norm's.
+    ``x`` is [B * T, H]; ``weights`` are nine a layer and the last norm's, ``eps`` two a layer and
+    the last norm's.
     """
+    if not len(x):
+        return x.clone()
+    steps = x.view(keys.shape[1], -1, x.shape[1]).unbind(dim=1)
+    results = [
+        _step(step, weights, keys, values, position + t, filling, cos, sin, eps, scale)
+        for t, step in enumerate(steps)
+    ]
+    return torch.stack(results, dim=1).flatten(0, 1)
+
+
+def _step(
+    x: Tensor,
+    weights: list[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    filling: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: list[float],
+    scale: float,
+) -> Tensor:
+    """[B, H] -> [B, H]; what a sequence gives before it begins is not a number."""
     places = position - filling
     rotary = (cos[places].unsqueeze(1), sin[places].unsqueeze(1))
     slots = torch.arange(keys.shape[3], device=x.device)

@@ -1,4 +1,4 @@
-// One new position of each sequence through a stack of Llama decoder layers, float32, keys and
+// A few new positions of each sequence through a stack of Llama decoder layers, float32, keys and
 // values cached: y = x + Wo attention(norm(x)), x = y + Wd (silu(Wg norm(y)) * (Wu norm(y))); then
 // the norm behind the last one.
 //
@@ -187,11 +187,13 @@ struct Layer {
   double post_eps;
 };
 
-// Cached keys and values of a layer, [batch, key_heads, capacity, width], and where to go on.
+// Cached keys and values of a layer, [batch, key_heads, capacity, width], and where to go on: `steps`
+// new positions of every sequence, from `position` on.
 struct Cache {
   float* keys;
   float* values;
   int64_t batch;
+  int64_t steps;
   int64_t key_heads;
   int64_t capacity;
   int64_t width;
@@ -200,9 +202,11 @@ struct Cache {
   const float* cos;
   const float* sin;
   float scale;
+
+  int64_t num_rows() const { return batch * steps; }
 };
 
-// seen [batch, heads * width] = attention(norm(x)); the new keys and values join the cache.
+// seen [batch * steps, heads * width] = attention(norm(x)); the new keys and values join the cache.
 void attend_rows(const float* x, const Layer& layer, const Cache& cache, float* seen) {
   const int64_t width = cache.width;
   const int64_t hidden_size = layer.norm.size(0);
@@ -210,11 +214,11 @@ void attend_rows(const float* x, const Layer& layer, const Cache& cache, float* 
   const int64_t group = seen_size / (cache.key_heads * width);
   torch::stable::parallel_for(0, cache.key_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> memory;
-    const DenseRows rows = normed(x, layer.norm, layer.eps, cache.batch, memory);
+    const DenseRows rows = normed(x, layer.norm, layer.eps, cache.num_rows(), memory);
     const int64_t query_size = group * width;
     const int64_t stride = query_size + 2 * width;
-    std::vector<float> heads(static_cast<size_t>(cache.batch * stride));
-    std::vector<float> weights(static_cast<size_t>(cache.position + 1));
+    std::vector<float> heads(static_cast<size_t>(cache.num_rows() * stride));
+    std::vector<float> weights(static_cast<size_t>(cache.position + cache.steps));
     for (int64_t h = begin; h < end; ++h) {
       float* const queries = heads.data();
       float* const new_key = queries + query_size;
@@ -223,23 +227,29 @@ void attend_rows(const float* x, const Layer& layer, const Cache& cache, float* 
                {data_of(layer.query) + h * query_size * hidden_size, query_size, queries, stride});
       multiply(rows, {data_of(layer.key) + h * width * hidden_size, width, new_key, stride});
       multiply(rows, {data_of(layer.value) + h * width * hidden_size, width, new_value, stride});
-      for (int64_t b = 0; b < cache.batch; ++b) {
+      for (int64_t row = 0; row < cache.num_rows(); ++row) {
+        const int64_t b = row / cache.steps;
+        const int64_t slot = cache.position + row % cache.steps;
         const int64_t first = cache.filling[b];
-        const int64_t place = cache.position - first;
+        const int64_t place = slot - first;
+        float* const to = seen + row * seen_size + h * query_size;
+        if (place < 0) {  // before the sequence begins
+          std::fill_n(to, query_size, 0.0f);
+          continue;
+        }
         const float* const cos = cache.cos + place * width;
         const float* const sin = cache.sin + place * width;
         const int64_t of_head = (b * cache.key_heads + h) * cache.capacity * width;
         float* const keys = cache.keys + of_head;
         float* const values = cache.values + of_head;
-        rotate(new_key + b * stride, cos, sin, width);
-        std::copy_n(new_key + b * stride, width, keys + cache.position * width);
-        std::copy_n(new_value + b * stride, width, values + cache.position * width);
+        rotate(new_key + row * stride, cos, sin, width);
+        std::copy_n(new_key + row * stride, width, keys + slot * width);
+        std::copy_n(new_value + row * stride, width, values + slot * width);
         for (int64_t g = 0; g < group; ++g) {
-          float* const query = queries + b * stride + g * width;
+          float* const query = queries + row * stride + g * width;
           rotate(query, cos, sin, width);
-          attend({query, keys + first * width, values + first * width,
-                  seen + b * seen_size + (h * group + g) * width, weights.data(), place + 1, width,
-                  cache.scale});
+          attend({query, keys + first * width, values + first * width, to + g * width,
+                  weights.data(), place + 1, width, cache.scale});
         }
       }
     }
@@ -253,37 +263,38 @@ struct Memory {
   std::vector<float> product;
 };
 
-// x [batch, H] to to [batch, H], which may be x
+// x [batch * steps, H] to to, which may be x
 void run_layer(const float* x, const Layer& layer, const Cache& cache, Memory& memory, float* to) {
-  const int64_t batch = cache.batch;
+  const int64_t num_rows = cache.num_rows();
   const int64_t hidden_size = layer.norm.size(0);
   const int64_t seen_size = layer.query.size(0);
   const int64_t size = layer.gate.size(0);
-  memory.seen.resize(static_cast<size_t>(batch * seen_size));
-  memory.middle.resize(static_cast<size_t>(batch * hidden_size));
-  memory.product.resize(static_cast<size_t>(2 * batch * size));
+  memory.seen.resize(static_cast<size_t>(num_rows * seen_size));
+  memory.middle.resize(static_cast<size_t>(num_rows * hidden_size));
+  memory.product.resize(static_cast<size_t>(2 * num_rows * size));
   attend_rows(x, layer, cache, memory.seen.data());
-  add_product({memory.seen.data(), batch, seen_size}, layer.out, x, memory.middle.data());
+  add_product({memory.seen.data(), num_rows, seen_size}, layer.out, x, memory.middle.data());
   for_shares(size, [&](int64_t first, int64_t count) {
     std::vector<float> own;
     const DenseRows rows =
-        normed(memory.middle.data(), layer.post_norm, layer.post_eps, batch, own);
+        normed(memory.middle.data(), layer.post_norm, layer.post_eps, num_rows, own);
     float* const gates = memory.product.data() + first;
-    float* const ups = gates + batch * size;
+    float* const ups = gates + num_rows * size;
     multiply(rows, {data_of(layer.gate) + first * hidden_size, count, gates, size});
     multiply(rows, {data_of(layer.up) + first * hidden_size, count, ups, size});
-    gate(gates, ups, batch, size, count);
+    gate(gates, ups, num_rows, size, count);
   });
-  add_product({memory.product.data(), batch, size}, layer.down, memory.middle.data(), to);
+  add_product({memory.product.data(), num_rows, size}, layer.down, memory.middle.data(), to);
 }
 
 Tensor decoder_step(const Tensor& x_in, std::vector<Tensor> weights, Tensor keys, Tensor values,
                     const Tensor& position, const Tensor& filling, const Tensor& cos,
                     const Tensor& sin, std::vector<double> eps, double scale) {
   const Tensor x = torch::stable::contiguous(x_in);
-  const int64_t batch = x.size(0);
-  Tensor out = torch::stable::new_empty(x, {batch, x.size(1)});
-  if (batch == 0) return out;
+  const int64_t num_rows = x.size(0);
+  Tensor out = torch::stable::new_empty(x, {num_rows, x.size(1)});
+  if (num_rows == 0) return out;
+  const int64_t batch = keys.size(1);
   const size_t num_layers = static_cast<size_t>(keys.size(0));
   STD_TORCH_CHECK(
       weights.size() == num_layers * Layer::kTensors + 1 && eps.size() == 2 * num_layers + 1,
@@ -301,6 +312,7 @@ Tensor decoder_step(const Tensor& x_in, std::vector<Tensor> weights, Tensor keys
     const Cache cache{keys.mutable_data_ptr<float>() + first,
                       values.mutable_data_ptr<float>() + first,
                       batch,
+                      num_rows / batch,
                       keys.size(2),
                       keys.size(3),
                       keys.size(4),
@@ -313,8 +325,8 @@ Tensor decoder_step(const Tensor& x_in, std::vector<Tensor> weights, Tensor keys
     in = result;
   }
   std::vector<float> own;
-  const DenseRows rows = normed(in, weights.back(), eps.back(), batch, own);
-  std::copy_n(rows.data, batch * rows.size, result);
+  const DenseRows rows = normed(in, weights.back(), eps.back(), num_rows, own);
+  std::copy_n(rows.data, num_rows * rows.size, result);
   return out;
 }
 

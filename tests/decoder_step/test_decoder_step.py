@@ -160,6 +160,34 @@ def test_only_the_new_slot_is_written(backend: str) -> None:
         assert changed[..., 12, :].all() and int(changed.sum()) == changed[..., 12, :].numel()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_several_positions_are_as_one_after_the_other(steps: int, backend: str) -> None:
+    layers = Layers(**SHAPES[1], capacity=30, at=12)
+    layers.x = layers._normal(8, steps, 64)
+    layers.filling[0], layers.filling[1] = 12 + steps - 1, 12 + steps // 2  # begin among the new
+    with calm_kernels.backend(backend):
+        result, keys, values = layers.run()
+    assert result.shape == (8, steps, 64)
+    for b in range(8):
+        alone = Layers(**{**SHAPES[1], "batch": 1}, capacity=30, at=12)
+        alone.weights, alone.rotary, alone.scale = layers.weights, layers.rotary, layers.scale
+        alone.filling = layers.filling[b : b + 1]
+        its_keys, its_values = (
+            layers.keys[:, b : b + 1].clone(),
+            layers.values[:, b : b + 1].clone(),
+        )
+        for t in range(max(0, int(alone.filling) - 12), steps):
+            alone.x, alone.position = layers.x[b : b + 1, t], torch.tensor([12 + t])
+            right = alone.call(its_keys, its_values)
+            torch.testing.assert_close(result[b, t], right[0], rtol=1e-5, atol=1e-5)
+        own = slice(int(alone.filling), 12 + steps)
+        for cached, its in ((keys, its_keys), (values, its_values)):
+            torch.testing.assert_close(
+                cached[:, b, :, own], its[:, 0, :, own], rtol=1e-5, atol=1e-5
+            )
+
+
 def test_no_sequences_and_large_scores() -> None:
     layers = Layers(**{**SHAPES[1], "batch": 0}, capacity=5, at=0)
     assert layers.run()[0].shape == (0, 64)
@@ -203,6 +231,10 @@ def test_wrong_arguments_are_named() -> None:
     fails("expected 0 <= filling <= position < 30", position=torch.tensor([30]))
     fails("expected 0 <= filling <= position < 30", position=torch.tensor([-1]))
     fails("expected 0 <= filling", filling=torch.full((8,), 13))
+    several = layers.x.unsqueeze(1).repeat(1, 4, 1)
+    fails("expected 0 <= filling <= position < 30", x=several, position=torch.tensor([27]))
+    fails("expected 0 <= filling <= position < 30", x=several, position=torch.tensor([-1]))
+    fails("x: expected shape", x=several.unsqueeze(1))
     fails("rotary: expected shape", rotary=tuple(t[:29] for t in layers.rotary))
     scattered = layers.keys.transpose(1, 2).contiguous().transpose(1, 2)
     fails("keys, values: expected contiguous", keys=scattered)
