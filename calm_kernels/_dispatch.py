@@ -76,6 +76,8 @@ class Operator:
 
     name: str
     triton_module: str | None = None
+    native_dtype: torch.dtype | None = None
+    """The one dtype of the first argument that native kernels take; None if they take all."""
     _overloads: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
@@ -84,7 +86,15 @@ class Operator:
 
     def __call__(self, device: torch.device, *args: Any) -> Any:
         """Run on ``device`` with the schema's arguments in order."""
-        return self._overloads[_choose(self.name, device.type, _forced)](*args)
+        chosen = _choose(self.name, device.type, _forced)
+        if chosen == "native" and self.native_dtype not in (None, args[0].dtype):
+            if _forced == "native":
+                raise RuntimeError(
+                    f"{self.name}: backend 'native' serves {self.native_dtype} tensors, not "
+                    f"{args[0].dtype}; or use backend 'auto'"
+                )
+            chosen = "reference"
+        return self._overloads[chosen](*args)
 
     def why_not(self, backend_name: str, device_type: str) -> str | None:
         """Why a backend cannot serve this operator on a device; None if it can."""
@@ -180,6 +190,7 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     triton_module: str | None = None,
+    native_dtype: torch.dtype | None = None,
 ) -> Operator:
     """Define an operator on every floor.
 
@@ -191,8 +202,10 @@ def define(
         backward, setup_context: the autograd formula, as ``torch.library.register_autograd`` takes
             them; without them, results do not require grad.
         triton_module: module that calls ``register_triton`` when imported.
+        native_dtype: the one that native kernels take of the first argument; the reference serves
+            the others. None if they take all.
     """
-    operator = Operator(name, triton_module)
+    operator = Operator(name, triton_module, native_dtype)
     _operators[name] = operator
     overloads = {"native": "", "reference": ".reference"}
     if triton_module is not None:

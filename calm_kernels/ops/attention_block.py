@@ -47,6 +47,7 @@ _attention_block_backward = define(
     f"float scale, bool weight_grads) -> ({', '.join(['Tensor'] * (1 + _NUM_WEIGHTS))})",
     reference=_autocast.disabled(reference.attention_block_backward),
     fake=_fake_backward,
+    native_dtype=torch.float32,
 )
 
 
@@ -77,6 +78,7 @@ _attention_block = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    native_dtype=torch.float32,
 )
 
 

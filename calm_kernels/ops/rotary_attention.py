@@ -36,6 +36,7 @@ _rotary_attention_backward = define(
     "Tensor log_sums, float scale) -> (Tensor, Tensor, Tensor)",
     reference=reference.rotary_attention_backward,
     fake=_fake_backward,
+    native_dtype=torch.float32,
 )
 
 
@@ -61,6 +62,7 @@ _rotary_attention = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    native_dtype=torch.float32,
 )
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import calm_kernels
+from calm_kernels import _native
 from calm_kernels.models import decoder_layer
 from calm_kernels.models.decoder_layer import use_fast_layers
 from calm_kernels.ops.attention_block import attention_block, why_not_attention_block
@@ -108,6 +109,21 @@ def test_errors_are_no_larger_than_those_of_torch(
         # A lone position's gradients of queries and keys are exactly zero.
         bound = max(2 * error(their, right), 1e-6 * float(right.norm()), 1e-7 * size)
         assert error(result, right) <= bound
+
+
+def test_float64_is_the_references() -> None:
+    case = Case((2, 13, 2, 1, 8, 20))
+    for result, right in zip(
+        case.run(attention_block, torch.float64), case.run(plain, torch.float64), strict=True
+    ):
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
+    if _native.serves("calm_kernels::attention_block", "cpu"):
+        with (
+            calm_kernels.backend("native"),
+            pytest.raises(RuntimeError, match=r"not torch\.float64"),
+        ):
+            case.run(attention_block, torch.float64)
 
 
 def test_gradients_of_the_reference_agree_with_finite_differences() -> None:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 
 import calm_kernels
+from calm_kernels import _native
 from calm_kernels.models import decoder_layer
 from calm_kernels.models.decoder_layer import FastAttention
 from calm_kernels.ops.rotary_attention import rotary_attention, why_not_rotary_attention
@@ -104,6 +105,21 @@ def test_large_scores_and_a_long_sequence_stay_exact(backend: str) -> None:
     for result, their, right in zip(results, theirs, exact, strict=True):
         assert result.isfinite().all()
         assert error(result, right) <= 3 * error(their, right) + 1e-6 * float(right.norm())
+
+
+def test_float64_is_the_references() -> None:
+    case = Case((2, 13, 2, 1, 8))
+    for result, right in zip(
+        case.run(rotary_attention, torch.float64), case.run(plain, torch.float64), strict=True
+    ):
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
+    if _native.serves("calm_kernels::rotary_attention", "cpu"):
+        with (
+            calm_kernels.backend("native"),
+            pytest.raises(RuntimeError, match=r"not torch\.float64"),
+        ):
+            case.run(rotary_attention, torch.float64)
 
 
 def test_gradients_of_the_reference_agree_with_finite_differences() -> None:
