@@ -173,7 +173,7 @@ def decoder_step(
         if not (0 <= first <= last <= at < capacity and num_steps <= at + 1):
             raise ValueError(
                 f"position: expected 0 <= filling <= position < {capacity}; got filling in "
-                f"[{first}, {last}], position {at}"
+                f"[{first}, {last}], {num_steps} positions up to {at}"
             )
     tables = [table.contiguous() for table in rotary]
     rows = x.reshape(-1, weights.hidden_size)

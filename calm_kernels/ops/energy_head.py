@@ -188,7 +188,7 @@ def energy_head_first_block(
 
     Raises:
         TypeError: a dtype is not float32 or float64, or they differ. ValueError: a shape does not
-            fit, devices differ.
+            fit, devices differ, noise requires a gradient.
 
     Source: this package's; the function is that of arXiv 2510.27688, section 3.
     """
@@ -208,6 +208,8 @@ def energy_head_first_block(
     named = dict(zip(shapes, weights, strict=True))
     for name, shape in shapes.items():
         _checks.tensor(name, named[name], dtypes, shape)
+    if noise.requires_grad and torch.is_grad_enabled():
+        raise ValueError("noise: it gets no gradient here; energy_head_block of its norm gives one")
     named = {"noise": noise, "condition": condition, **named}
     device = _checks.same_device(**named)
     _checks.same_dtype(**named)
