@@ -16,6 +16,7 @@
 #include "cpu/pooled_tensor.h"
 #include "cpu/registration.h"
 #include "cpu/rotary_attention.h"
+#include "cpu/row_tasks.h"
 #include "cpu/task_sums.h"
 #include "cpu/weight_sums.h"
 #include "cpu/workspace.h"
@@ -23,9 +24,8 @@
 namespace calm {
 namespace {
 
-// Rows of a block, and of a task of the pool.
+// Rows of a block.
 constexpr int64_t kBlockRows = 1008;
-constexpr int64_t kTaskRows = 12;
 
 struct Memory {
   ReusedMemory<std::byte> normed;
@@ -91,25 +91,6 @@ struct Sequences {
   }
 };
 
-const float* row_of(const Tensor& tensor, int64_t row) {
-  return tensor.const_data_ptr<float>() + row * tensor.size(1);
-}
-
-float* row_of(Tensor& tensor, int64_t row) {
-  return tensor.mutable_data_ptr<float>() + row * tensor.size(1);
-}
-
-template <typename Function>
-void for_row_tasks(int64_t num_rows, const Function& function) {
-  const int64_t num_tasks = (num_rows + kTaskRows - 1) / kTaskRows;
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * kTaskRows;
-      function(first, std::min(kTaskRows, num_rows - first));
-    }
-  });
-}
-
 void forward(const Tensor& x, const Weights& weights, const Sequences& sequences, double eps,
              Tensor& out, Tensor& rstd, Tensor& projected, Tensor& seen, Tensor& log_sums) {
   const int64_t num_rows = x.size(0);
@@ -123,9 +104,9 @@ void forward(const Tensor& x, const Weights& weights, const Sequences& sequences
   for (int64_t start = 0; start < num_rows; start += block) {
     const int64_t count = std::min(block, num_rows - start);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      rms_norm<float>({row_of(x, start + first), weights.norm.const_data_ptr<float>(),
-                       row_of(normed, first), rstd.mutable_data_ptr<float>() + start + first, n,
-                       size, eps});
+      rms_norm<float>({row_of<float>(x, start + first), weights.norm.const_data_ptr<float>(),
+                       row_of<float>(normed, first), rstd.mutable_data_ptr<float>() + start + first,
+                       n, size, eps});
     });
     const Tensor read = rows(normed, 0, count);
     const Parts parts(rows(projected, start, count), weights);
@@ -166,9 +147,9 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights,
   Tensor upper_out =
       torch::stable::view(rows(upper, part * (query_size + 2 * key_size), part * query_size),
                           {part * size, query_size});
-  const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
+  const int64_t num_tasks = num_row_tasks(block);
   Tensor partial = memory.matrix_of<float>(memory->partial, num_tasks, size);
-  std::fill_n(row_of(partial, 0), partial.numel(), 0.0f);
+  std::fill_n(row_of<float>(partial, 0), partial.numel(), 0.0f);
 
   const RightOperand out_weight(weights.out, num_rows, memory->out);
   multiply(grad_seen, grad_out, out_weight, memory->left);
@@ -200,8 +181,8 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights,
         sums.accumulate(gradients.out, upper_out, starts, some_grad_out, right);
       }
       for_row_tasks(count, [&](int64_t first, int64_t n) {
-        rms_norm_again<float>({row_of(x, start + first), norm, rstds + start + first,
-                               row_of(normed, first), n, size});
+        rms_norm_again<float>({row_of<float>(x, start + first), norm, rstds + start + first,
+                               row_of<float>(normed, first), n, size});
       });
       const RightOperand right = sums.pack(rows(normed, 0, count), std::min(key_size, query_size));
       sums.accumulate(gradients.query, upper_query, starts, parts.query, right);
@@ -213,10 +194,10 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights,
     multiply_onto(grad, grad, parts.key, key, memory->left);
     multiply_onto(grad, grad, parts.value, value, memory->left);
     for_row_tasks(count, [&](int64_t first, int64_t n) {
-      float* const to = row_of(grad, first);
-      rms_norm_backward<float>({row_of(x, start + first), norm, rstds + start + first, to,
-                                row_of(grad_out, start + first), to,
-                                row_of(partial, first / kTaskRows), n, size});
+      float* const to = row_of<float>(grad, first);
+      rms_norm_backward<float>({row_of<float>(x, start + first), norm, rstds + start + first, to,
+                                row_of<float>(grad_out, start + first), to,
+                                row_of<float>(partial, first / kTaskRows), n, size});
     });
   }
   if (!weight_grads) return;
@@ -226,7 +207,7 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights,
     add_onto(gradients.value, upper_value);
     add_onto(gradients.out, upper_out);
   }
-  add_tasks(row_of(std::as_const(partial), 0), num_tasks, size, size,
+  add_tasks(row_of<float>(std::as_const(partial), 0), num_tasks, size, size,
             gradients.norm.mutable_data_ptr<float>());
 }
 

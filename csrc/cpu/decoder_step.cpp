@@ -187,8 +187,8 @@ struct Layer {
   double post_eps;
 };
 
-// Cached keys and values of a layer, [batch, key_heads, capacity, width], and where to go on: `steps`
-// new positions of every sequence, from `position` on.
+// Cached keys and values of a layer, [batch, key_heads, capacity, width], and where to go on:
+// `steps` new positions of every sequence, from `position` on.
 struct Cache {
   float* keys;
   float* values;

@@ -20,41 +20,17 @@
 #include "cpu/matmul_into.h"
 #include "cpu/pooled_tensor.h"
 #include "cpu/registration.h"
+#include "cpu/row_tasks.h"
 #include "cpu/task_sums.h"
 #include "cpu/weight_sums.h"
 #include "cpu/workspace.h"
 
 namespace calm::energy_head {
 
-// Rows of a block, about; 4 MB of activations at H = 256 in float32. Whole tiles of twelve rows (see
-// cpu/sgemm.cpp), as many for one of two or three threads as for another.
+// Rows of a block, about; 4 MB of activations at H = 256 in float32. Whole tiles of twelve rows
+// (see cpu/sgemm.cpp), as many for one of two or three threads as for another.
 constexpr int64_t kBlockRows = 504;
 constexpr int64_t kBlockRowsPerThread = 252;
-// Rows that one task of the pool takes: some 10 microseconds of work.
-constexpr int64_t kTaskRows = 12;
-
-template <typename T>
-T* row_of(Tensor& tensor, int64_t row) {
-  return tensor.mutable_data_ptr<T>() + row * tensor.size(1);
-}
-
-template <typename T>
-const T* row_of(const Tensor& tensor, int64_t row) {
-  return tensor.const_data_ptr<T>() + row * tensor.size(1);
-}
-
-// function(first, count) for pieces of [0, num_rows) whose borders no thread count moves.
-template <typename Function>
-void for_row_tasks(int64_t num_rows, const Function& function) {
-  const int64_t num_tasks = (num_rows + kTaskRows - 1) / kTaskRows;
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * kTaskRows;
-      function(first, std::min(kTaskRows, num_rows - first));
-    }
-  });
-}
-
 // What a thread keeps from call to call: activations and gradients of a block of rows, operands in
 // packed order.
 struct Memory {
@@ -205,7 +181,7 @@ class RowSums {
         size_(size),
         num_sums_(num_sums),
         weight_grads_(weight_grads) {
-    num_tasks_ = (like.size(0) + kTaskRows - 1) / kTaskRows;
+    num_tasks_ = num_row_tasks(like.size(0));
     Tensor partial = memory.matrix_of<T>(memory->partial, num_tasks_, num_sums * size_);
     partial_ = row_of<T>(partial, 0);
     std::fill_n(partial_, partial.numel(), T(0));

@@ -23,6 +23,7 @@
 #include "cpu/matmul_into.h"
 #include "cpu/pooled_tensor.h"
 #include "cpu/registration.h"
+#include "cpu/row_tasks.h"
 #include "cpu/task_sums.h"
 #include "cpu/weight_sums.h"
 #include "cpu/workspace.h"
@@ -35,9 +36,6 @@ namespace {
 // share. Whole tiles of twelve rows (see cpu/sgemm.cpp).
 constexpr int64_t kBlockRows = 1008;
 constexpr int64_t kBlockRowsPerThread = 252;
-// Rows that one task of the pool takes: some 10 microseconds of work.
-constexpr int64_t kTaskRows = 12;
-
 int64_t block_rows() {
   return std::max(kBlockRows,
                   kBlockRowsPerThread * static_cast<int64_t>(torch::stable::get_num_threads()));
@@ -48,28 +46,6 @@ ScalarType compute_type(const Tensor& x) {
 }
 
 bool accumulates(const Tensor& x) { return compute_type(x) == x.scalar_type(); }
-
-template <typename T>
-T* row_of(Tensor& tensor, int64_t row) {
-  return tensor.mutable_data_ptr<T>() + row * tensor.size(1);
-}
-
-template <typename T>
-const T* row_of(const Tensor& tensor, int64_t row) {
-  return tensor.const_data_ptr<T>() + row * tensor.size(1);
-}
-
-// function(first, count) for pieces of [0, num_rows) whose borders no thread count moves.
-template <typename Function>
-void for_row_tasks(int64_t num_rows, const Function& function) {
-  const int64_t num_tasks = (num_rows + kTaskRows - 1) / kTaskRows;
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * kTaskRows;
-      function(first, std::min(kTaskRows, num_rows - first));
-    }
-  });
-}
 
 // What a thread keeps from call to call.
 struct Memory {
@@ -168,7 +144,7 @@ void backward(const Tensor& grad_out, const Tensor& x, const Weights& weights, c
       torch::stable::view(rows(upper_gate, 2 * part, part), {packs ? hidden_size : 0, size});
   upper_gate = rows(upper_gate, 0, part);
   // A row of partial sums for every task.
-  const int64_t num_tasks = (block + kTaskRows - 1) / kTaskRows;
+  const int64_t num_tasks = num_row_tasks(block);
   Tensor partial = torch::stable::new_zeros(x, {num_tasks, hidden_size}, compute_type(x));
   const S* norm_weight = weights.norm.const_data_ptr<S>();
   const T* rstds = rstd.const_data_ptr<T>();

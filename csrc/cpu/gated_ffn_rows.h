@@ -3,12 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+
+#include "cpu/lane_rows.h"
 
 namespace calm {
-
-template <typename S>
-using ComputeOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // rstd[r] = (mean(x[r]^2) + eps)^(-1/2), normed = x * rstd * norm_weight; [num_rows, size] dense.
 template <typename S>
