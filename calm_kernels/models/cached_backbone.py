@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from calm_kernels._modules import computes_alone
 from calm_kernels.models.decoder_layer import FastDecoderLayer, FastRMSNorm
 from calm_kernels.models.inputs import position_ids
 from calm_kernels.ops.decoder_step import (
@@ -280,7 +281,7 @@ def _widened(cached: Tensor, capacity: int) -> Tensor:
 def _step_weights(backbone: Any) -> DecoderWeights | None:
     """The weights of a backbone that :func:`decoder_step` runs, faster than torch; else None."""
     norm = backbone.norm
-    if type(norm) not in (FastRMSNorm, LlamaRMSNorm) or not _computes_as_read(norm):
+    if type(norm) not in (FastRMSNorm, LlamaRMSNorm) or not computes_alone(norm):
         return None
     if why_not_decoder_step(backbone.parameters()) is not None:
         return None
@@ -304,7 +305,7 @@ def _layer_weights(layer: Any) -> DecoderLayerWeights | None:
         all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
         and all(type(norm) in (FastRMSNorm, LlamaRMSNorm) for norm in norms)
         and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
-        and _computes_as_read(layer)
+        and computes_alone(*layer.modules())
     )
     if not plain:
         return None
@@ -314,10 +315,6 @@ def _layer_weights(layer: Any) -> DecoderLayerWeights | None:
     return DecoderLayerWeights(
         norm, query, key, value, out, post_norm, gate, up, down, eps, post_eps
     )
-
-
-def _computes_as_read(module: nn.Module) -> bool:
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from calm_kernels._modules import computes_alone
 from calm_kernels.nn.energy_head import (
     EnergyHead,
     EnergyHeadBlock,
@@ -53,7 +54,7 @@ def why_not_packed(module: nn.Module) -> str | None:
     something that packed weights do not know of.
     """
     for part in module.modules():
-        if part._forward_hooks or part._forward_pre_hooks or type(part) not in _PLAIN:
+        if type(part) not in _PLAIN or not computes_alone(part):
             return f"{type(part).__name__} computes what packed weights do not know of"
     return why_not_row_layers(module.parameters())
 

@@ -37,36 +37,22 @@ def decoder_step(
     """
     if not len(x):
         return x.clone()
-    steps = x.view(keys.shape[1], -1, x.shape[1]).unbind(dim=1)
-    results = [
-        _step(step, weights, keys, values, position + t, filling, cos, sin, eps, scale)
-        for t, step in enumerate(steps)
-    ]
-    return torch.stack(results, dim=1).flatten(0, 1)
-
-
-def _step(
-    x: Tensor,
-    weights: list[Tensor],
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    filling: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: list[float],
-    scale: float,
-) -> Tensor:
-    """[B, H] -> [B, H]; what a sequence gives before it begins is not a number."""
-    places = position - filling
-    rotary = (cos[places].unsqueeze(1), sin[places].unsqueeze(1))
     slots = torch.arange(keys.shape[3], device=x.device)
-    seen_slots = (slots <= position) & (slots >= filling.unsqueeze(1))
-    for i in range(len(keys)):
-        layer = weights[i * _LAYER_TENSORS : (i + 1) * _LAYER_TENSORS]
-        layer_eps = eps[2 * i : 2 * i + 2]
-        x = _layer(x, layer, keys[i], values[i], position, seen_slots, rotary, layer_eps, scale)
-    return F.rms_norm(x, x.shape[1:], weights[-1], eps[-1])
+    results = []
+    for step in x.view(keys.shape[1], -1, x.shape[1]).unbind(dim=1):
+        # Of a sequence that begins later, what comes out is not a number.
+        places = position - filling
+        rotary = (cos[places].unsqueeze(1), sin[places].unsqueeze(1))
+        seen_slots = (slots <= position) & (slots >= filling.unsqueeze(1))
+        for i in range(len(keys)):
+            layer = weights[i * _LAYER_TENSORS : (i + 1) * _LAYER_TENSORS]
+            layer_eps = eps[2 * i : 2 * i + 2]
+            step = _layer(
+                step, layer, keys[i], values[i], position, seen_slots, rotary, layer_eps, scale
+            )
+        results.append(F.rms_norm(step, step.shape[1:], weights[-1], eps[-1]))
+        position = position + 1
+    return torch.stack(results, dim=1).flatten(0, 1)
 
 
 def _layer(

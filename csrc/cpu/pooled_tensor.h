@@ -1,5 +1,5 @@
 // Results in memory that is used again: activations and gradients live from one step to the next
-// but for a moment, and pages that the system takes back and hands out afresh cost 5% of a step.
+// but for a moment, and pages that the system takes back and hands out afresh cost time.
 #pragma once
 
 #include <initializer_list>
